@@ -1,0 +1,61 @@
+# make demo       the bundled model solves held-out word problems, reasoning on and off
+# make test       the test suite
+# make quality    ruff and mypy
+# make format     ruff, rewriting
+# make bench      the benchmarks
+#
+# One rule for the environment: everything runs with $(PY), which is .venv/bin/python unless you say otherwise. .venv
+# is made on first use from $(PYTHON), with the pinned versions of $(CONSTRAINTS). To use an environment of your own
+# (it must have `pip install -e '.[dev]'`), name its interpreter: make test PY=python
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+EXTRAS ?= dev
+PY ?= $(VENV)/bin/python
+# Test processes, one torch thread each: torch's own threads would only fight each other.
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+STAMP := $(VENV)/.installed
+ifeq ($(PY),$(VENV)/bin/python)
+ENV := $(STAMP)
+else
+ENV :=
+endif
+
+.PHONY: help demo test quality format bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '/^# make/s/^# //p' Makefile
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is older than Python 3.10; name a newer one: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@echo "making $(VENV) with $$($(PYTHON) -V) and the versions of $(CONSTRAINTS) (a few minutes, once)"
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]' -c $(CONSTRAINTS)
+	@touch $@
+
+demo: $(ENV)
+	$(PY) -m nemotron_h demo
+
+test: $(ENV)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+	  $(PY) -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+quality: $(ENV)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(ENV)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(ENV)
+	@for script in benchmarks/*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info
