@@ -1,0 +1,535 @@
+"""`NemotronHConfig`: every published dialect of a Nemotron-H `config.json` in, one normal form inside, readable by all out.
+
+The dialects are those of NVIDIA's remote code (patterns, `attention_head_dim`, `rms_norm_eps`, `torch_dtype`), of the later
+releases (`layers_block_type`, `head_dim`, `norm_eps`, `dtype`), of `transformers`' own class (`linear_attention`,
+`full_attention`, `{"__float__": "Infinity"}`) and of Megatron (`|` between pipeline stages, `/` before MTP depths).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from transformers import PreTrainedConfig
+
+
+# The kinds of layer: published name -> (letter of the pattern, name that transformers' cache and mask code knows).
+LAYER_KINDS = {
+    "mamba": ("M", "linear_attention"),
+    "attention": ("*", "full_attention"),
+    "mlp": ("-", "mlp"),
+    "moe": ("E", "moe"),
+}
+_KIND_OF = {name: kind for kind, names in LAYER_KINDS.items() for name in (kind, *names)}
+_ALLOWED_LAYERS = ", ".join(f"{letter} ({kind})" for kind, (letter, _) in LAYER_KINDS.items())
+
+# The pattern of Nemotron-H-8B, whose dimensions are the defaults below.
+_DEFAULT_PATTERN = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
+_DEFAULT_MTP_PATTERN = "*E"
+
+# Arguments that were published under several names: ours -> (default, the other names). In the class they default to
+# None, so that "not given" can be told from "given with the default's value", and a null in a file means the default.
+_ALIASED: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "head_dim": (128, ("attention_head_dim",)),
+    "layer_norm_epsilon": (1e-5, ("rms_norm_eps", "norm_eps")),
+    "n_groups": (8, ("mamba_num_groups", "mamba_n_groups")),
+    "ssm_state_size": (128, ("mamba_state_dim", "mamba_d_state")),
+    "conv_kernel": (4, ("mamba_d_conv",)),
+    "use_conv_bias": (True, ("mamba_conv_bias",)),
+    "chunk_size": (128, ("mamba_chunk_size",)),
+    "expand": (2, ("mamba_expand",)),
+    "time_step_min": (0.001, ("mamba_dt_min",)),
+    "time_step_max": (0.1, ("mamba_dt_max",)),
+    "time_step_floor": (1e-4, ("mamba_dt_init_floor",)),
+    "time_step_limit": ((0.0, math.inf), ("mamba_dt_limit",)),
+    "n_routed_experts": (8, ("num_local_experts",)),
+}
+_UNSET: Any = None
+
+# Written only for a model that has such layers: llama.cpp takes any file with `num_experts_per_tok` for an MoE model.
+_MOE_KEYS = (
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "n_shared_experts",
+    "moe_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_latent_size",
+    "moe_shared_expert_overlap",
+    "n_group",
+    "topk_group",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+    "output_router_logits",
+)
+_MTP_KEYS = ("num_nextn_predict_layers", "mtp_layers_block_type", "mtp_hybrid_override_pattern")
+
+_SSM_DTYPES = ("float32", "float64", "bfloat16", "float16")
+_FLOAT32_MAX = 3.4028234663852886e38
+# Read as infinity: the largest float32, bfloat16 and float64, also where a writer rounded them.
+_AS_GOOD_AS_INFINITE = 3.3e38
+
+# Sizes that must be positive integers where the model has such a layer ("" = always).
+_POSITIVE = {
+    "": ("vocab_size", "hidden_size", "max_position_embeddings"),
+    "attention": ("num_attention_heads", "num_key_value_heads", "head_dim"),
+    "mamba": ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel", "chunk_size"),
+    "moe": (
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "n_shared_experts",
+        "moe_intermediate_size",
+        "moe_shared_expert_intermediate_size",
+        "n_group",
+        "topk_group",
+    ),
+}
+
+
+def _fail(problem: str, remedy: str) -> NoReturn:
+    raise ValueError(f"{problem}; {remedy}.")
+
+
+def parse_layers(layers: str | Sequence[str], key: str = "hybrid_override_pattern") -> list[str]:
+    """The published layer names of a pattern such as `"M-M*|M-"` or of a list in any dialect's names or letters.
+
+    Raises `ValueError` that names the unknown layer, its position from 0, and what is allowed.
+    """
+    if not isinstance(layers, (str, list, tuple)):
+        _fail(f"{key} is {layers!r}", "give a pattern such as 'M-M*-' or a list of layer names")
+    kinds = []
+    for position, layer in enumerate(layers):
+        if layer == "|" and isinstance(layers, str):  # Megatron's pipeline boundary; not a layer
+            continue
+        if not isinstance(layer, str) or layer not in _KIND_OF:
+            _fail(
+                f"{key} has the unknown layer {layer!r} at position {position} (from 0) of {_shorten(layers)}",
+                f"use {_ALLOWED_LAYERS}",
+            )
+        kinds.append(_KIND_OF[layer])
+    if not kinds:
+        _fail(f"{key} is {layers!r}, which has no layers", f"give at least one of {_ALLOWED_LAYERS}")
+    return kinds
+
+
+def layers_to_pattern(layers: Sequence[str]) -> str:
+    """The pattern string, one letter per layer, of a list of published layer names."""
+    return "".join(LAYER_KINDS[layer][0] for layer in layers)
+
+
+def _shorten(layers: str | Sequence[str], limit: int = 140) -> str:
+    text = repr(layers)
+    return text if len(text) <= limit else f"{text[: limit - 4]}...{text[-1]}"
+
+
+def _read_float(value: Any) -> float:
+    """A float in any of the spellings that were published, `{"__float__": "Infinity"}` and the string among them."""
+    if isinstance(value, dict) and set(value) == {"__float__"}:
+        value = value["__float__"]
+    if isinstance(value, bool):
+        raise TypeError("a bool is no bound")
+    number = float(value)
+    return math.copysign(math.inf, number) if abs(number) >= _AS_GOOD_AS_INFINITE else number
+
+
+def _read_time_step_limit(value: Any) -> tuple[float, float]:
+    try:
+        low, high = (_read_float(bound) for bound in value)
+    except (TypeError, ValueError):
+        _fail(f"time_step_limit is {value!r}", "give two numbers such as [0.0, 0.1], or leave it out for (0, inf)")
+    low = 0.0 if low == -math.inf else low  # softplus is positive: the same function
+    if not 0.0 <= low < high:  # NaN fails as well
+        _fail(f"time_step_limit is {value!r}", "give two numbers with 0 <= lower < upper")
+    return low, high
+
+
+class NemotronHConfig(PreTrainedConfig):
+    """Configuration of a Nemotron-H model (Nemotron-H, Nemotron Nano 2, Nemotron 3). The defaults are Nemotron-H-8B's.
+
+    Which layers the model has is said by `hybrid_override_pattern` (`M` Mamba-2, `*` attention, `-` MLP, `E` MoE) or by
+    the list `layers_block_type`; either key takes either form, and `num_hidden_layers` follows from it. Sizes count
+    elements or heads, never bytes. Raises `ValueError`, one sentence with the offending value and the remedy, at
+    construction and again at saving; values of parts that the model does not have are not looked at.
+
+    Worth knowing:
+
+    - `intermediate_size` may be a list, one entry per MLP layer in order; see `mlp_intermediate_size`.
+    - `head_dim` and `mamba_num_heads * mamba_head_dim` (`d_inner`) stand for themselves: neither follows from
+      `hidden_size`, and `expand` is kept for the file but never used.
+    - `time_step_limit` clamps the time step, `(0, inf)` unless given; `time_step_min/max/floor` are for initialisation.
+    - `use_bias` and `mamba_proj_bias` are two published names of one thing, a bias in Mamba's `in_proj` and `out_proj`
+      (transformers reads the first, mlx-lm the second): if either is set, both are.
+    - Shared experts are one MLP of `moe_shared_expert_intermediate_size`, whatever `n_shared_experts` says.
+    - MTP keys count only where `num_nextn_predict_layers` is positive; see `has_mtp`.
+    - `auto_map` is dropped: it names Python files that are not written beside what this class saves.
+    """
+
+    model_type = "nemotron_h"
+    attribute_map = {
+        **{alias: name for name, (_, aliases) in _ALIASED.items() for alias in aliases},
+        "torch_dtype": "dtype",
+    }
+
+    vocab_size: int = 131072
+    hidden_size: int = 4096
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    num_logits_to_keep: int | None = 1
+    max_position_embeddings: int = 8192
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    layer_norm_epsilon: float = _UNSET
+    residual_in_fp32: bool = False
+    initializer_range: float = 0.02
+    rescale_prenorm_residual: bool = True
+    hidden_dropout: float = 0.0
+    # attention
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = _UNSET
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    sliding_window: int | None = None
+    # MLP
+    intermediate_size: int | list[int] = 21504
+    mlp_hidden_act: str = "relu2"
+    mlp_bias: bool = False
+    # Mamba-2
+    mamba_num_heads: int = 128
+    mamba_head_dim: int = 64
+    ssm_state_size: int = _UNSET
+    n_groups: int = _UNSET
+    conv_kernel: int = _UNSET
+    use_conv_bias: bool = _UNSET
+    use_bias: bool = False
+    mamba_proj_bias: bool = False
+    mamba_hidden_act: str = "silu"
+    mamba_ssm_cache_dtype: str = "float32"
+    chunk_size: int = _UNSET
+    expand: int = _UNSET
+    time_step_min: float = _UNSET
+    time_step_max: float = _UNSET
+    time_step_floor: float = _UNSET
+    time_step_limit: tuple[float, float] = _UNSET
+    use_mamba_kernels: bool = True
+    # MoE
+    n_routed_experts: int = _UNSET
+    num_experts_per_tok: int = 2
+    n_shared_experts: int = 1
+    moe_intermediate_size: int = 7688
+    moe_shared_expert_intermediate_size: int = 7688
+    moe_latent_size: int | None = None
+    moe_shared_expert_overlap: bool = False
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    output_router_logits: bool = False
+    # MTP
+    num_nextn_predict_layers: int = _UNSET
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._read_aliases(kwargs)
+        self._read_layers(kwargs)
+        kwargs.pop("auto_map", None)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        self.use_bias = self.mamba_proj_bias = bool(self.use_bias or self.mamba_proj_bias)
+        dtype = self.dtype if self.dtype is not None else kwargs.get("torch_dtype")
+        if isinstance(dtype, str):
+            import torch
+
+            if not isinstance(getattr(torch, dtype.removeprefix("torch."), None), torch.dtype):
+                _fail(f"dtype is {dtype!r}", "name a torch dtype such as 'bfloat16' or 'float32'")
+            self.dtype = dtype.removeprefix("torch.")
+        super().__post_init__(**kwargs)
+        self.validate()
+
+    def _read_aliases(self, kwargs: dict[str, Any]) -> None:
+        for name, (default, aliases) in _ALIASED.items():
+            given = {key: kwargs.pop(key, None) for key in aliases}
+            given = {key: value for key, value in {name: getattr(self, name), **given}.items() if value is not None}
+            if name == "time_step_limit":
+                given = {key: _read_time_step_limit(value) for key, value in given.items()}
+            (first, value), *others = given.items() or [(name, default)]
+            for other, other_value in others:
+                if other_value != value:
+                    _fail(
+                        f"{first} is {value!r} but {other} is {other_value!r}, and they are two names of one setting",
+                        "give one of them, or both the same value",
+                    )
+            setattr(self, name, value)
+
+    def _read_layers(self, kwargs: dict[str, Any]) -> None:
+        mtp_given = {key: kwargs.pop(key, None) for key in ("mtp_hybrid_override_pattern", "mtp_layers_block_type")}
+        mtp = {key: parse_layers(value, key) for key, value in mtp_given.items() if value}
+        main: dict[str, list[str]] = {}
+        for key in ("hybrid_override_pattern", "layers_block_type", "layer_types"):
+            if (value := kwargs.pop(key, None)) is None:
+                continue
+            depths: list[str] = []
+            if isinstance(value, str):
+                value, *depths = value.split("/")
+            main[key] = parse_layers(value, key)
+            if depths:
+                mtp[f"the part of {key} after '/'"] = self._read_depths(key, depths)
+        self.layers_block_type = self._agreed(main) or parse_layers(_DEFAULT_PATTERN)
+        self.mtp_layers_block_type = self._agreed(mtp) or parse_layers(_DEFAULT_MTP_PATTERN)
+        if self.num_nextn_predict_layers is None:
+            self.num_nextn_predict_layers = 0
+        if (number := kwargs.pop("num_hidden_layers", None)) is not None:
+            self.num_hidden_layers = number
+
+    def _read_depths(self, key: str, depths: list[str]) -> list[str]:
+        if any(depth != depths[0] for depth in depths):
+            _fail(
+                f"{key} has different MTP depths {depths}",
+                "write the same pattern after each '/', one per predicted token",
+            )
+        if self.num_nextn_predict_layers is None:
+            self.num_nextn_predict_layers = len(depths)
+        elif self.num_nextn_predict_layers != len(depths):
+            _fail(
+                f"num_nextn_predict_layers is {self.num_nextn_predict_layers!r} but {key} has {len(depths)} MTP depths",
+                "give one of them, or the same number of depths",
+            )
+        return parse_layers(depths[0], key)
+
+    @staticmethod
+    def _agreed(given: dict[str, list[str]]) -> list[str] | None:
+        (first, layers), *others = given.items() or [("", None)]
+        for other, other_layers in others:
+            if other_layers != layers:
+                _fail(
+                    f"{first} says {layers_to_pattern(layers or [])!r} but {other} says "
+                    f"{layers_to_pattern(other_layers)!r}",
+                    "give one of them, or both the same layers",
+                )
+        return layers
+
+    # -- layers: one list is kept, in published names; everything else follows from it -------------------------------
+
+    @property
+    def layers_block_type(self) -> list[str]:
+        """The layers in published names: "mamba", "attention", "mlp", "moe". Any dialect may be assigned."""
+        return self.__dict__["layers_block_type"]
+
+    @layers_block_type.setter
+    def layers_block_type(self, layers: str | Sequence[str]) -> None:
+        self.__dict__["layers_block_type"] = parse_layers(layers, "layers_block_type")
+
+    @property
+    def hybrid_override_pattern(self) -> str:
+        """The layers as one letter each: `M` Mamba-2, `*` attention, `-` MLP, `E` MoE."""
+        return layers_to_pattern(self.layers_block_type)
+
+    @hybrid_override_pattern.setter
+    def hybrid_override_pattern(self, layers: str | Sequence[str]) -> None:
+        self.__dict__["layers_block_type"] = parse_layers(layers)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The layers in the names that transformers' cache and mask code reads, such as "linear_attention"."""
+        return [LAYER_KINDS[layer][1] for layer in self.layers_block_type]
+
+    @layer_types.setter
+    def layer_types(self, layers: str | Sequence[str]) -> None:
+        self.__dict__["layers_block_type"] = parse_layers(layers, "layer_types")
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of layers of every kind, without MTP. It follows from the pattern; assigning another number fails."""
+        return len(self.layers_block_type)
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, number: int) -> None:
+        if number != self.num_hidden_layers:
+            _fail(
+                f"num_hidden_layers is {number!r} but the pattern {self.hybrid_override_pattern!r} has "
+                f"{self.num_hidden_layers} layers",
+                "leave num_hidden_layers out, or give a hybrid_override_pattern of that length",
+            )
+
+    @property
+    def mtp_layers_block_type(self) -> list[str]:
+        """The layers of one MTP depth in published names; meaningful only where `has_mtp`."""
+        return self.__dict__["mtp_layers_block_type"]
+
+    @mtp_layers_block_type.setter
+    def mtp_layers_block_type(self, layers: str | Sequence[str]) -> None:
+        self.__dict__["mtp_layers_block_type"] = parse_layers(layers, "mtp_layers_block_type")
+
+    @property
+    def mtp_hybrid_override_pattern(self) -> str:
+        """The layers of one MTP depth as one letter each; meaningful only where `has_mtp`."""
+        return layers_to_pattern(self.mtp_layers_block_type)
+
+    @mtp_hybrid_override_pattern.setter
+    def mtp_hybrid_override_pattern(self, layers: str | Sequence[str]) -> None:
+        self.__dict__["mtp_layers_block_type"] = parse_layers(layers, "mtp_hybrid_override_pattern")
+
+    # -- what follows from the dimensions ----------------------------------------------------------------------------
+
+    @property
+    def has_mtp(self) -> bool:
+        """Whether the model predicts further tokens with MTP layers."""
+        return self.num_nextn_predict_layers > 0
+
+    @property
+    def has_moe(self) -> bool:
+        """Whether any layer, MTP included, is a mixture of experts."""
+        return "moe" in self._all_layers
+
+    @property
+    def _all_layers(self) -> list[str]:
+        return self.layers_block_type + (self.mtp_layers_block_type if self.has_mtp else [])
+
+    @property
+    def d_inner(self) -> int:
+        """Channels of Mamba's x and z: `mamba_num_heads * mamba_head_dim`."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of Mamba's convolution, in the order x, B, C."""
+        return self.d_inner + 2 * self.n_groups * self.ssm_state_size
+
+    @property
+    def in_proj_size(self) -> int:
+        """Rows of Mamba's `in_proj`, in the order z, x, B, C, dt."""
+        return self.d_inner + self.conv_dim + self.mamba_num_heads
+
+    def mlp_intermediate_size(self, layer_idx: int) -> int:
+        """Width of the MLP at `layer_idx` (an index over all layers). Raises `ValueError` if no MLP is there."""
+        if not 0 <= layer_idx < self.num_hidden_layers or self.layers_block_type[layer_idx] != "mlp":
+            _fail(f"there is no MLP at layer {layer_idx} of {self.hybrid_override_pattern!r}", "ask for a '-' layer")
+        if isinstance(self.intermediate_size, int):
+            return self.intermediate_size
+        return self.intermediate_size[self.layers_block_type[:layer_idx].count("mlp")]
+
+    # -- checks ------------------------------------------------------------------------------------------------------
+
+    def validate(self) -> None:
+        """Check the settings of the parts that this model has. Raises `ValueError`: cause, value and remedy in a sentence.
+
+        It takes the place of transformers' generic checks, which do not know an "mlp" layer, and which call this again
+        before a save.
+        """
+        self.time_step_limit = _read_time_step_limit(self.time_step_limit)
+        self.mamba_ssm_cache_dtype = str(self.mamba_ssm_cache_dtype).removeprefix("torch.")
+        depths = self.num_nextn_predict_layers
+        if not isinstance(depths, int) or isinstance(depths, bool) or depths < 0:
+            _fail(f"num_nextn_predict_layers is {depths!r}", "give the number of MTP depths, 0 for none")
+        kinds = {"", *self._all_layers}
+        for name in [name for kind, names in _POSITIVE.items() if kind in kinds for name in names]:
+            _check_positive(name, getattr(self, name))
+        if "mamba" in kinds:
+            self._check_mamba()
+        if "attention" in kinds and self.num_attention_heads % self.num_key_value_heads:
+            _fail(
+                f"num_attention_heads is {self.num_attention_heads}, which num_key_value_heads "
+                f"{self.num_key_value_heads} does not divide",
+                "make it a multiple of num_key_value_heads",
+            )
+        if "mlp" in kinds:
+            self._check_mlp()
+        if "moe" in kinds:
+            self._check_moe()
+        if not self.layer_norm_epsilon > 0:
+            _fail(f"layer_norm_epsilon is {self.layer_norm_epsilon!r}", "give a small positive number such as 1e-5")
+
+    def _check_mamba(self) -> None:
+        if self.mamba_num_heads % self.n_groups:
+            _fail(
+                f"mamba_num_heads is {self.mamba_num_heads}, which n_groups {self.n_groups} does not divide",
+                "make it a multiple of n_groups",
+            )
+        if not 0 < self.time_step_min <= self.time_step_max:
+            _fail(
+                f"time_step_min is {self.time_step_min!r} and time_step_max {self.time_step_max!r}",
+                "give 0 < time_step_min <= time_step_max",
+            )
+        if self.mamba_ssm_cache_dtype not in _SSM_DTYPES:
+            _fail(f"mamba_ssm_cache_dtype is {self.mamba_ssm_cache_dtype!r}", f"use one of {', '.join(_SSM_DTYPES)}")
+
+    def _check_mlp(self) -> None:
+        if isinstance(self.intermediate_size, int):
+            return _check_positive("intermediate_size", self.intermediate_size)
+        sizes, mlps = self.intermediate_size, self.layers_block_type.count("mlp")
+        if not isinstance(sizes, (list, tuple)) or len(sizes) != mlps:
+            _fail(
+                f"intermediate_size is {sizes!r} but the pattern {self.hybrid_override_pattern!r} has {mlps} MLP layers",
+                "give one size for all of them, or a list with one size per MLP layer",
+            )
+        for index, size in enumerate(sizes):
+            _check_positive(f"intermediate_size[{index}]", size)
+        if self.has_mtp and "mlp" in self.mtp_layers_block_type:
+            _fail(
+                f"intermediate_size is the list {sizes!r} but the MTP pattern {self.mtp_hybrid_override_pattern!r} has "
+                f"an MLP layer that no entry belongs to",
+                "give one size for all MLP layers",
+            )
+
+    def _check_moe(self) -> None:
+        experts, groups = self.n_routed_experts, self.n_group
+        if self.moe_latent_size is not None:
+            _check_positive("moe_latent_size", self.moe_latent_size)
+        if experts % groups:
+            _fail(f"n_routed_experts is {experts}, which n_group {groups} does not divide", "make it a multiple of n_group")
+        if self.topk_group > groups:
+            _fail(f"topk_group is {self.topk_group} but n_group is {groups}", "choose at most n_group groups")
+        if self.num_experts_per_tok > (available := experts // groups * self.topk_group):
+            _fail(
+                f"num_experts_per_tok is {self.num_experts_per_tok} but only {available} experts can be chosen "
+                f"(n_routed_experts {experts}, n_group {groups}, topk_group {self.topk_group})",
+                f"choose at most {available} experts per token",
+            )
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; settings changed by keyword are checked as well."""
+        # After a new pattern, if there is one: it is compared with it.
+        ordered = dict(sorted(kwargs.items(), key=lambda item: item[0] == "num_hidden_layers"))
+        result = super().from_dict(config_dict, **ordered)
+        (result[0] if kwargs.get("return_unused_kwargs") else result).validate()
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as a dictionary that old and new readers accept; this is what `save_pretrained` writes.
+
+        That is: both forms of the layers, every name that some reader requires (llama.cpp, mlx-lm, vLLM, TensorRT-LLM,
+        NVIDIA's remote code, transformers) also at its default value, no MoE or MTP keys in a model without them, and
+        no infinity in any spelling.
+        """
+        output = super().to_dict()
+        output["hybrid_override_pattern"] = self.hybrid_override_pattern
+        output["num_hidden_layers"] = self.num_hidden_layers
+        output["attention_head_dim"] = self.head_dim
+        output["rms_norm_eps"] = output["norm_eps"] = self.layer_norm_epsilon
+        output["use_bias"] = output["mamba_proj_bias"] = self.mamba_bias
+        output["mtp_hybrid_override_pattern"] = self.mtp_hybrid_override_pattern
+        if output.get("dtype") is not None:
+            output["torch_dtype"] = output["dtype"]
+        low, high = self.time_step_limit
+        # Left out where it is the default, as in every published file. A finite stand-in for infinity, as NVIDIA's own
+        # conversion script writes it, because neither a bare Infinity nor {"__float__": ...} is read everywhere.
+        output["time_step_limit"] = [low, min(high, _FLOAT32_MAX)]
+        absent = () if (low, high) != (0.0, math.inf) else ("time_step_limit",)
+        absent += _MOE_KEYS if not self.has_moe else () if self.moe_latent_size else ("moe_latent_size",)
+        absent += () if self.has_mtp else _MTP_KEYS
+        for key in absent:
+            output.pop(key, None)
+        return output
+
+    @property
+    def mamba_bias(self) -> bool:
+        """Whether Mamba's `in_proj` and `out_proj` have a bias: `use_bias` or `mamba_proj_bias`."""
+        return bool(self.use_bias or self.mamba_proj_bias)
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        _fail(f"{name} is {value!r}", "give a positive integer")
