@@ -1,0 +1,5 @@
+"""What `generate()` gains with this package."""
+
+from .reasoning import ReasoningStreamer, Split, opens_reasoning, reasoning_switch, split_reasoning
+
+__all__ = ["ReasoningStreamer", "Split", "opens_reasoning", "reasoning_switch", "split_reasoning"]
