@@ -1,0 +1,144 @@
+"""The short causal depthwise convolution of a Mamba-2 mixer, with its window carried from call to call.
+
+    y_t = activation(bias + sum_k weight[:, k] x_{t-(K-1)+k})
+
+Shape suffixes: B batch, L length, C channels, K kernel, W = K - 1 window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .documents import document_index
+from .precision import compute_dtype
+
+Activation = str | Callable[[Tensor], Tensor] | None
+
+# Rows of the sequence that are worked on at a time where no gradient is asked: the float32 copy of a block stays in
+# cache. Measured at C = 12288, 2048 tokens, bf16, 2 cores: 43 ms with 32 to 64 rows; depthwise conv1d 1160 to 3340 ms.
+_BLOCK = 64
+
+
+def causal_conv(
+    x_BLC: Tensor,
+    weight_CK: Tensor,
+    bias_C: Tensor | None,
+    *,
+    window_BCW: Tensor | None = None,
+    mask_BL: Tensor | None = None,
+    seq_idx_BL: Tensor | None = None,
+    activation: Activation = "silu",
+) -> tuple[Tensor, Tensor]:
+    """Convolve each channel with its own kernel over the last K inputs, and return the window for what comes next.
+
+    Pads are not there: each valid position sees the K-1 valid inputs before it, wherever the pads are (left, right,
+    between), then the incoming window. Documents do not see each other. Sums in float32 (float64 for float64).
+
+    Args:
+        x_BLC: (B, L, C).
+        weight_CK: (C, K); the last column meets the current position.
+        bias_C: (C,) or None.
+        window_BCW: the last K-1 inputs before position 0, oldest first; None is zeros. It belongs to position 0's
+            document.
+        mask_BL: 0 or False at pads.
+        seq_idx_BL: integers; a document starts where they change (a pad belongs to the document before it).
+        activation: "silu", None or a function of a tensor.
+
+    Returns: y (B, L, C) in x's dtype, 0 at pads; the new window (B, C, K-1): each row's last valid inputs of its last
+        document, 0 before that document's start.
+
+    Raises: ValueError for an activation name other than "silu".
+    """
+    act = _activation(activation)
+    batch, length, channels = x_BLC.shape
+    width = weight_CK.shape[1] - 1
+    if window_BCW is None:
+        window_BWC = x_BLC.new_zeros(batch, width, channels)
+    else:
+        window_BWC = window_BCW.to(x_BLC.dtype).transpose(1, 2)
+    doc_BL = None if seq_idx_BL is None else document_index(seq_idx_BL, mask_BL)
+
+    if mask_BL is not None:
+        # Move each row's valid inputs to its front, convolve as if there were no pads, and move the outputs back.
+        valid_BL = mask_BL.bool()
+        rank_BL = valid_BL.long().cumsum(1)
+        count_B1 = rank_BL[:, -1:]
+        order_BL = valid_BL.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+        x_BLC = _take(x_BLC, order_BL)
+        doc_BL = None if doc_BL is None else doc_BL.gather(1, order_BL)
+
+    seen_BEC = torch.cat([window_BWC, x_BLC], dim=1)
+    doc_BE = None if doc_BL is None else torch.cat([doc_BL[:, :1].expand(-1, width), doc_BL], dim=1)
+    y_BLC = _taps(seen_BEC, weight_CK, bias_C, act, doc_BE)
+
+    if mask_BL is None:
+        new_BWC = seen_BEC[:, length:]
+        new_doc_BW = None if doc_BE is None else doc_BE[:, length:]
+        last_doc_B1 = None if doc_BE is None else doc_BE[:, -1:]
+    else:
+        y_BLC = _take(y_BLC, (rank_BL - 1).clamp(min=0)).masked_fill(~valid_BL[..., None], 0)
+        recent_BW = count_B1 + torch.arange(width, device=x_BLC.device)
+        new_BWC = _take(seen_BEC, recent_BW)
+        new_doc_BW = None if doc_BE is None else doc_BE.gather(1, recent_BW)
+        last_doc_B1 = None if doc_BE is None else doc_BE.gather(1, (count_B1 + width - 1).clamp(min=0))
+    if new_doc_BW is not None:
+        new_BWC = new_BWC.masked_fill((new_doc_BW != last_doc_B1)[..., None], 0)
+    # A copy, not a view: a view would keep the whole sequence alive in the cache.
+    return y_BLC, new_BWC.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+
+
+def _activation(activation: Activation) -> Callable[[Tensor], Tensor] | None:
+    if activation is None or callable(activation):
+        return activation
+    if activation in ("silu", "swish"):
+        return F.silu
+    raise ValueError(
+        f"activation={activation!r} is not known to causal_conv: use 'silu', None or a function of a tensor."
+    )
+
+
+def _take(x_BLC: Tensor, index_BM: Tensor) -> Tensor:
+    """Rows of each sequence: out[b, m] = x[b, index[b, m]]. One flat index_select: whole rows are copied, both ways."""
+    batch, length, channels = x_BLC.shape
+    offset_B1 = torch.arange(batch, device=x_BLC.device)[:, None] * length
+    flat = x_BLC.reshape(batch * length, channels).index_select(0, (index_BM + offset_B1).flatten())
+    return flat.view(batch, index_BM.shape[1], channels)
+
+
+def _taps(
+    seen_BEC: Tensor,
+    weight_CK: Tensor,
+    bias_C: Tensor | None,
+    act: Callable[[Tensor], Tensor] | None,
+    doc_BE: Tensor | None,
+) -> Tensor:
+    """The convolution of W + L inputs as K shifted multiply-adds: (B, L, C) in the inputs' dtype."""
+    dtype = compute_dtype(seen_BEC, weight_CK)
+    kernel = weight_CK.shape[1]
+    length = seen_BEC.shape[1] - kernel + 1
+    weight_KC = weight_CK.to(dtype).t().contiguous()
+    bias = None if bias_C is None else bias_C.to(dtype)
+
+    def rows(start: int, stop: int) -> Tensor:
+        block_BEC = seen_BEC[:, start : stop + kernel - 1].to(dtype)
+        doc_BQ = None if doc_BE is None else doc_BE[:, start + kernel - 1 : stop + kernel - 1]
+        total: Tensor | None = bias
+        for k in range(kernel):
+            tap_BQC = block_BEC[:, k : k + stop - start]
+            if doc_BE is not None and k < kernel - 1:
+                tap_BQC = tap_BQC.masked_fill((doc_BE[:, start + k : stop + k] != doc_BQ)[..., None], 0)
+            total = tap_BQC * weight_KC[k] if total is None else torch.addcmul(total, tap_BQC, weight_KC[k])
+        assert total is not None
+        return (total if act is None else act(total)).to(seen_BEC.dtype)
+
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or length <= _BLOCK:
+        return rows(0, length)
+    y_BLC = seen_BEC.new_empty(seen_BEC.shape[0], length, seen_BEC.shape[2])
+    for start in range(0, length, _BLOCK):
+        stop = min(start + _BLOCK, length)
+        y_BLC[:, start:stop] = rows(start, stop)
+    return y_BLC
