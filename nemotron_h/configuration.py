@@ -1,18 +1,19 @@
-"""`NemotronHConfig`: every published dialect of a Nemotron-H `config.json` in, one normal form inside, readable by all out.
+"""`NemotronHConfig`: every published dialect of a Nemotron-H `config.json` in, one form inside, readable by all out.
 
-The dialects are those of NVIDIA's remote code (patterns, `attention_head_dim`, `rms_norm_eps`, `torch_dtype`), of the later
-releases (`layers_block_type`, `head_dim`, `norm_eps`, `dtype`), of `transformers`' own class (`linear_attention`,
+The dialects are those of NVIDIA's remote code (patterns, `attention_head_dim`, `rms_norm_eps`, `torch_dtype`), of the
+later releases (`layers_block_type`, `head_dim`, `norm_eps`, `dtype`), of `transformers`' own class (`linear_attention`,
 `full_attention`, `{"__float__": "Infinity"}`) and of Megatron (`|` between pipeline stages, `/` before MTP depths).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any, NoReturn
 
+import torch
 from transformers import PreTrainedConfig
-
 
 # The kinds of layer: published name -> (letter of the pattern, name that transformers' cache and mask code knows).
 LAYER_KINDS = {
@@ -69,20 +70,19 @@ _FLOAT32_MAX = 3.4028234663852886e38
 # Read as infinity: the largest float32, bfloat16 and float64, also where a writer rounded them.
 _AS_GOOD_AS_INFINITE = 3.3e38
 
-# Sizes that must be positive integers where the model has such a layer ("" = always).
-_POSITIVE = {
-    "": ("vocab_size", "hidden_size", "max_position_embeddings"),
-    "attention": ("num_attention_heads", "num_key_value_heads", "head_dim"),
-    "mamba": ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel", "chunk_size"),
-    "moe": (
-        "n_routed_experts",
-        "num_experts_per_tok",
-        "n_shared_experts",
-        "moe_intermediate_size",
-        "moe_shared_expert_intermediate_size",
-        "n_group",
-        "topk_group",
-    ),
+# What must hold where the model has such a layer ("" = always): positive integers, positive numbers, and multiples.
+_POSITIVE_INTEGERS = {
+    "": "vocab_size hidden_size max_position_embeddings",
+    "attention": "num_attention_heads num_key_value_heads head_dim",
+    "mamba": "mamba_num_heads mamba_head_dim n_groups ssm_state_size conv_kernel chunk_size",
+    "moe": "n_routed_experts num_experts_per_tok n_shared_experts moe_intermediate_size "
+    "moe_shared_expert_intermediate_size n_group topk_group",
+}
+_POSITIVE_NUMBERS = {"": "layer_norm_epsilon", "mamba": "time_step_min time_step_max time_step_floor"}
+_MULTIPLES = {
+    "attention": ("num_attention_heads", "num_key_value_heads"),
+    "mamba": ("mamba_num_heads", "n_groups"),
+    "moe": ("n_routed_experts", "n_group"),
 }
 
 
@@ -117,6 +117,18 @@ def layers_to_pattern(layers: Sequence[str]) -> str:
     return "".join(LAYER_KINDS[layer][0] for layer in layers)
 
 
+def _layers_property(slot: str, show: Callable[[list[str]], Any], doc: str) -> Any:
+    """A view of the layers kept in `slot`. Reading gives a copy; any dialect may be assigned."""
+
+    def fget(self: Any) -> Any:
+        return show(self.__dict__[slot])
+
+    def fset(self: Any, layers: str | Sequence[str]) -> None:
+        self.__dict__[slot] = parse_layers(layers, slot)
+
+    return property(fget, fset, doc=doc)
+
+
 def _shorten(layers: str | Sequence[str], limit: int = 140) -> str:
     text = repr(layers)
     return text if len(text) <= limit else f"{text[: limit - 4]}...{text[-1]}"
@@ -141,6 +153,12 @@ def _read_time_step_limit(value: Any) -> tuple[float, float]:
     if not 0.0 <= low < high:  # NaN fails as well
         _fail(f"time_step_limit is {value!r}", "give two numbers with 0 <= lower < upper")
     return low, high
+
+
+def _check_positive(name: str, value: Any, what: str = "integer", types: tuple[type, ...] = (int,)) -> None:
+    usable = isinstance(value, types) and not isinstance(value, bool)
+    if not usable or not value > 0:
+        _fail(f"{name} is {value!r}", f"give a positive {what}")
 
 
 class NemotronHConfig(PreTrainedConfig):
@@ -236,15 +254,18 @@ class NemotronHConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         self.use_bias = self.mamba_proj_bias = bool(self.use_bias or self.mamba_proj_bias)
-        dtype = self.dtype if self.dtype is not None else kwargs.get("torch_dtype")
-        if isinstance(dtype, str):
-            import torch
-
-            if not isinstance(getattr(torch, dtype.removeprefix("torch."), None), torch.dtype):
-                _fail(f"dtype is {dtype!r}", "name a torch dtype such as 'bfloat16' or 'float32'")
-            self.dtype = dtype.removeprefix("torch.")
+        self._read_dtype(kwargs.pop("torch_dtype", None))
         super().__post_init__(**kwargs)
         self.validate()
+
+    def _read_dtype(self, torch_dtype: Any) -> None:
+        # Both may be there and differ: from_pretrained(..., dtype=...) replaces one of them in the file's dictionary.
+        dtype: Any = getattr(self, "dtype", None) or torch_dtype
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            _fail(f"dtype is {dtype!r}", "name a torch dtype such as 'bfloat16' or 'float32'")
+        self.dtype = dtype
 
     def _read_aliases(self, kwargs: dict[str, Any]) -> None:
         for name, (default, aliases) in _ALIASED.items():
@@ -259,6 +280,8 @@ class NemotronHConfig(PreTrainedConfig):
                         f"{first} is {value!r} but {other} is {other_value!r}, and they are two names of one setting",
                         "give one of them, or both the same value",
                     )
+            if isinstance(default, float) and isinstance(value, int):
+                value = float(value)  # transformers' own class is strict about it
             setattr(self, name, value)
 
     def _read_layers(self, kwargs: dict[str, Any]) -> None:
@@ -282,60 +305,57 @@ class NemotronHConfig(PreTrainedConfig):
             self.num_hidden_layers = number
 
     def _read_depths(self, key: str, depths: list[str]) -> list[str]:
-        if any(depth != depths[0] for depth in depths):
+        """The MTP layers of a pattern such as "M-M*-/*E/*E", which are the same for every depth."""
+        if len(set(depths)) > 1:
+            _fail(f"{key} has different MTP depths {depths}", "write the same pattern after each '/'")
+        given = self.num_nextn_predict_layers
+        if given is not None and given != len(depths):
             _fail(
-                f"{key} has different MTP depths {depths}",
-                "write the same pattern after each '/', one per predicted token",
-            )
-        if self.num_nextn_predict_layers is None:
-            self.num_nextn_predict_layers = len(depths)
-        elif self.num_nextn_predict_layers != len(depths):
-            _fail(
-                f"num_nextn_predict_layers is {self.num_nextn_predict_layers!r} but {key} has {len(depths)} MTP depths",
+                f"num_nextn_predict_layers is {given!r} but {key} has {len(depths)} MTP depths",
                 "give one of them, or the same number of depths",
             )
+        self.num_nextn_predict_layers = len(depths)
         return parse_layers(depths[0], key)
 
     @staticmethod
     def _agreed(given: dict[str, list[str]]) -> list[str] | None:
-        (first, layers), *others = given.items() or [("", None)]
+        """The one list that was given, under however many names."""
+        if not given:
+            return None
+        (first, layers), *others = given.items()
         for other, other_layers in others:
-            if other_layers != layers:
-                _fail(
-                    f"{first} says {layers_to_pattern(layers or [])!r} but {other} says "
-                    f"{layers_to_pattern(other_layers)!r}",
-                    "give one of them, or both the same layers",
-                )
+            if other_layers == layers:
+                continue
+            says, but = layers_to_pattern(layers), layers_to_pattern(other_layers)
+            position = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(says, but, strict=False)))
+            _fail(
+                f"{first} and {other} differ from position {position} (from 0) on: {says[position:]!r} and "
+                f"{but[position:]!r}",
+                "give one of them, or both the same layers",
+            )
         return layers
 
     # -- layers: one list is kept, in published names; everything else follows from it -------------------------------
 
-    @property
-    def layers_block_type(self) -> list[str]:
-        """The layers in published names: "mamba", "attention", "mlp", "moe". Any dialect may be assigned."""
-        return self.__dict__["layers_block_type"]
-
-    @layers_block_type.setter
-    def layers_block_type(self, layers: str | Sequence[str]) -> None:
-        self.__dict__["layers_block_type"] = parse_layers(layers, "layers_block_type")
-
-    @property
-    def hybrid_override_pattern(self) -> str:
-        """The layers as one letter each: `M` Mamba-2, `*` attention, `-` MLP, `E` MoE."""
-        return layers_to_pattern(self.layers_block_type)
-
-    @hybrid_override_pattern.setter
-    def hybrid_override_pattern(self, layers: str | Sequence[str]) -> None:
-        self.__dict__["layers_block_type"] = parse_layers(layers)
-
-    @property
-    def layer_types(self) -> list[str]:
-        """The layers in the names that transformers' cache and mask code reads, such as "linear_attention"."""
-        return [LAYER_KINDS[layer][1] for layer in self.layers_block_type]
-
-    @layer_types.setter
-    def layer_types(self, layers: str | Sequence[str]) -> None:
-        self.__dict__["layers_block_type"] = parse_layers(layers, "layer_types")
+    layers_block_type = _layers_property(
+        "layers_block_type", list, """The layers in published names: "mamba", "attention", "mlp", "moe"."""
+    )
+    hybrid_override_pattern = _layers_property(
+        "layers_block_type", layers_to_pattern, "The layers as letters: `M` Mamba-2, `*` attention, `-` MLP, `E` MoE."
+    )
+    layer_types = _layers_property(
+        "layers_block_type",
+        lambda layers: [LAYER_KINDS[layer][1] for layer in layers],
+        """The layers in the names that transformers' cache and mask code reads, such as "linear_attention".""",
+    )
+    mtp_layers_block_type = _layers_property(
+        "mtp_layers_block_type", list, "The layers of one MTP depth in published names; used where `has_mtp`."
+    )
+    mtp_hybrid_override_pattern = _layers_property(
+        "mtp_layers_block_type",
+        layers_to_pattern,
+        "The layers of one MTP depth as letters; used where `has_mtp`.",
+    )
 
     @property
     def num_hidden_layers(self) -> int:
@@ -347,27 +367,9 @@ class NemotronHConfig(PreTrainedConfig):
         if number != self.num_hidden_layers:
             _fail(
                 f"num_hidden_layers is {number!r} but the pattern {self.hybrid_override_pattern!r} has "
-                f"{self.num_hidden_layers} layers",
+                f"{self.num_hidden_layers}",
                 "leave num_hidden_layers out, or give a hybrid_override_pattern of that length",
             )
-
-    @property
-    def mtp_layers_block_type(self) -> list[str]:
-        """The layers of one MTP depth in published names; meaningful only where `has_mtp`."""
-        return self.__dict__["mtp_layers_block_type"]
-
-    @mtp_layers_block_type.setter
-    def mtp_layers_block_type(self, layers: str | Sequence[str]) -> None:
-        self.__dict__["mtp_layers_block_type"] = parse_layers(layers, "mtp_layers_block_type")
-
-    @property
-    def mtp_hybrid_override_pattern(self) -> str:
-        """The layers of one MTP depth as one letter each; meaningful only where `has_mtp`."""
-        return layers_to_pattern(self.mtp_layers_block_type)
-
-    @mtp_hybrid_override_pattern.setter
-    def mtp_hybrid_override_pattern(self, layers: str | Sequence[str]) -> None:
-        self.__dict__["mtp_layers_block_type"] = parse_layers(layers, "mtp_hybrid_override_pattern")
 
     # -- what follows from the dimensions ----------------------------------------------------------------------------
 
@@ -401,17 +403,18 @@ class NemotronHConfig(PreTrainedConfig):
         return self.d_inner + self.conv_dim + self.mamba_num_heads
 
     def mlp_intermediate_size(self, layer_idx: int) -> int:
-        """Width of the MLP at `layer_idx` (an index over all layers). Raises `ValueError` if no MLP is there."""
-        if not 0 <= layer_idx < self.num_hidden_layers or self.layers_block_type[layer_idx] != "mlp":
-            _fail(f"there is no MLP at layer {layer_idx} of {self.hybrid_override_pattern!r}", "ask for a '-' layer")
+        """Width of the MLP at `layer_idx`, an index over all layers, also where `intermediate_size` is a list."""
         if isinstance(self.intermediate_size, int):
             return self.intermediate_size
-        return self.intermediate_size[self.layers_block_type[:layer_idx].count("mlp")]
+        layers = self.layers_block_type
+        if not 0 <= layer_idx < len(layers) or layers[layer_idx] != "mlp":
+            _fail(f"layer {layer_idx} of {self.hybrid_override_pattern!r} is no MLP", "ask for a layer marked '-'")
+        return self.intermediate_size[layers[:layer_idx].count("mlp")]
 
     # -- checks ------------------------------------------------------------------------------------------------------
 
     def validate(self) -> None:
-        """Check the settings of the parts that this model has. Raises `ValueError`: cause, value and remedy in a sentence.
+        """Check the settings of the parts that this model has. Raises `ValueError`: cause, value, remedy in a sentence.
 
         It takes the place of transformers' generic checks, which do not know an "mlp" layer, and which call this again
         before a save.
@@ -421,37 +424,29 @@ class NemotronHConfig(PreTrainedConfig):
         depths = self.num_nextn_predict_layers
         if not isinstance(depths, int) or isinstance(depths, bool) or depths < 0:
             _fail(f"num_nextn_predict_layers is {depths!r}", "give the number of MTP depths, 0 for none")
-        kinds = {"", *self._all_layers}
-        for name in [name for kind, names in _POSITIVE.items() if kind in kinds for name in names]:
-            _check_positive(name, getattr(self, name))
-        if "mamba" in kinds:
-            self._check_mamba()
-        if "attention" in kinds and self.num_attention_heads % self.num_key_value_heads:
+        kinds = ("", *sorted(set(self._all_layers)))
+        for kind in kinds:
+            for name in _POSITIVE_INTEGERS.get(kind, "").split():
+                _check_positive(name, getattr(self, name))
+            for name in _POSITIVE_NUMBERS.get(kind, "").split():
+                _check_positive(name, getattr(self, name), "number", (int, float))
+            number, divisor = _MULTIPLES.get(kind, ("", ""))
+            if number and getattr(self, number) % getattr(self, divisor):
+                _fail(
+                    f"{number} is {getattr(self, number)}, which {divisor} {getattr(self, divisor)} does not divide",
+                    f"use a multiple of {divisor}",
+                )
+        if "mamba" in kinds and self.time_step_min > self.time_step_max:
             _fail(
-                f"num_attention_heads is {self.num_attention_heads}, which num_key_value_heads "
-                f"{self.num_key_value_heads} does not divide",
-                "make it a multiple of num_key_value_heads",
+                f"time_step_min is {self.time_step_min!r} but time_step_max is {self.time_step_max!r}",
+                "give time_step_min <= time_step_max",
             )
+        if "mamba" in kinds and self.mamba_ssm_cache_dtype not in _SSM_DTYPES:
+            _fail(f"mamba_ssm_cache_dtype is {self.mamba_ssm_cache_dtype!r}", f"use one of {', '.join(_SSM_DTYPES)}")
         if "mlp" in kinds:
             self._check_mlp()
         if "moe" in kinds:
             self._check_moe()
-        if not self.layer_norm_epsilon > 0:
-            _fail(f"layer_norm_epsilon is {self.layer_norm_epsilon!r}", "give a small positive number such as 1e-5")
-
-    def _check_mamba(self) -> None:
-        if self.mamba_num_heads % self.n_groups:
-            _fail(
-                f"mamba_num_heads is {self.mamba_num_heads}, which n_groups {self.n_groups} does not divide",
-                "make it a multiple of n_groups",
-            )
-        if not 0 < self.time_step_min <= self.time_step_max:
-            _fail(
-                f"time_step_min is {self.time_step_min!r} and time_step_max {self.time_step_max!r}",
-                "give 0 < time_step_min <= time_step_max",
-            )
-        if self.mamba_ssm_cache_dtype not in _SSM_DTYPES:
-            _fail(f"mamba_ssm_cache_dtype is {self.mamba_ssm_cache_dtype!r}", f"use one of {', '.join(_SSM_DTYPES)}")
 
     def _check_mlp(self) -> None:
         if isinstance(self.intermediate_size, int):
@@ -459,7 +454,7 @@ class NemotronHConfig(PreTrainedConfig):
         sizes, mlps = self.intermediate_size, self.layers_block_type.count("mlp")
         if not isinstance(sizes, (list, tuple)) or len(sizes) != mlps:
             _fail(
-                f"intermediate_size is {sizes!r} but the pattern {self.hybrid_override_pattern!r} has {mlps} MLP layers",
+                f"intermediate_size is {sizes!r} but the model has {mlps} MLP layers",
                 "give one size for all of them, or a list with one size per MLP layer",
             )
         for index, size in enumerate(sizes):
@@ -475,8 +470,6 @@ class NemotronHConfig(PreTrainedConfig):
         experts, groups = self.n_routed_experts, self.n_group
         if self.moe_latent_size is not None:
             _check_positive("moe_latent_size", self.moe_latent_size)
-        if experts % groups:
-            _fail(f"n_routed_experts is {experts}, which n_group {groups} does not divide", "make it a multiple of n_group")
         if self.topk_group > groups:
             _fail(f"topk_group is {self.topk_group} but n_group is {groups}", "choose at most n_group groups")
         if self.num_experts_per_tok > (available := experts // groups * self.topk_group):
@@ -505,31 +498,26 @@ class NemotronHConfig(PreTrainedConfig):
         no infinity in any spelling.
         """
         output = super().to_dict()
-        output["hybrid_override_pattern"] = self.hybrid_override_pattern
-        output["num_hidden_layers"] = self.num_hidden_layers
+        for key in ("hybrid_override_pattern", "mtp_hybrid_override_pattern", "num_hidden_layers"):
+            output[key] = getattr(self, key)
+        # transformers before 5.20 leaves old layer names unread where there is a pattern as well; it takes these.
+        output["layer_types"] = self.layer_types
         output["attention_head_dim"] = self.head_dim
         output["rms_norm_eps"] = output["norm_eps"] = self.layer_norm_epsilon
-        output["use_bias"] = output["mamba_proj_bias"] = self.mamba_bias
-        output["mtp_hybrid_override_pattern"] = self.mtp_hybrid_override_pattern
+        output["use_bias"] = output["mamba_proj_bias"] = bool(self.use_bias or self.mamba_proj_bias)
         if output.get("dtype") is not None:
             output["torch_dtype"] = output["dtype"]
-        low, high = self.time_step_limit
+        low, high = _read_time_step_limit(self.time_step_limit)
         # Left out where it is the default, as in every published file. A finite stand-in for infinity, as NVIDIA's own
         # conversion script writes it, because neither a bare Infinity nor {"__float__": ...} is read everywhere.
         output["time_step_limit"] = [low, min(high, _FLOAT32_MAX)]
-        absent = () if (low, high) != (0.0, math.inf) else ("time_step_limit",)
-        absent += _MOE_KEYS if not self.has_moe else () if self.moe_latent_size else ("moe_latent_size",)
-        absent += () if self.has_mtp else _MTP_KEYS
+        absent: list[str] = [] if (low, high) != (0.0, math.inf) else ["time_step_limit"]
+        if not self.has_moe:
+            absent += _MOE_KEYS
+        elif self.moe_latent_size is None:
+            absent += ["moe_latent_size"]
+        if not self.has_mtp:
+            absent += _MTP_KEYS
         for key in absent:
             output.pop(key, None)
         return output
-
-    @property
-    def mamba_bias(self) -> bool:
-        """Whether Mamba's `in_proj` and `out_proj` have a bias: `use_bias` or `mamba_proj_bias`."""
-        return bool(self.use_bias or self.mamba_proj_bias)
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        _fail(f"{name} is {value!r}", "give a positive integer")
