@@ -1,0 +1,79 @@
+"""The published layout: what NVIDIA's `model.safetensors` files call the tensors, and checks on reading them.
+
+    backbone.embeddings.weight   backbone.layers.N.{norm,mixer.*}   backbone.norm_f.weight   lm_head.weight   mtp.*
+
+In memory the tree has the names of `transformers`' own class (`model.*`, experts stacked into 3-D parameters), so that
+adapters and tools interchange; the table below is applied on loading and, reversed, on saving.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
+
+logger = logging.getLogger(__name__)
+
+
+def conversion_mapping() -> list[WeightRenaming | WeightConverter]:
+    """Published names -> names in memory; `*` stands for the number of the expert."""
+    stacked = (
+        WeightConverter(
+            source_patterns=[f"mixer.experts.*.{projection}.weight"],
+            target_patterns=f"mixer.experts.{projection}",
+            operations=[MergeModulelist(dim=0)],
+        )
+        for projection in ("up_proj", "down_proj")
+    )
+    return [WeightRenaming("backbone.", "model."), *stacked]
+
+
+def register() -> None:
+    """Make `transformers` apply the table to this package's classes (it skips the models that it does not ship)."""
+    register_checkpoint_conversion_mapping("nemotron_h", conversion_mapping(), overwrite=True)
+
+
+def unreadable_file(folder: str | Path) -> tuple[str, str] | None:
+    """The first safetensors file in a folder that cannot be opened, and why."""
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return path.name, str(error)
+    return None
+
+
+def check_nothing_missing(model: Any, missing: Iterable[str], source: Any) -> None:
+    """Refuse a checkpoint that lacks tensors: `transformers` would go on with random numbers in their place.
+
+    A head that the checkpoint cannot have (classification) may be missing, and so may the whole multi-token-prediction
+    module, which `transformers`' own class drops on saving; it is then taken off the model.
+
+    Raises:
+        ValueError: names the first missing tensor and counts them.
+    """
+    missing = set(missing)
+    mtp = {name for name in missing if name.startswith("mtp.")}
+    if mtp and all(name in missing for name, _ in model.named_parameters() if name.startswith("mtp.")):
+        logger.warning(
+            "%s has no mtp.* tensors although its config announces num_nextn_predict_layers=%d: "
+            "the model is loaded without multi-token prediction.",
+            source,
+            model.config.num_nextn_predict_layers,
+        )
+        model.mtp = None
+        missing -= mtp
+    missing = {name for name in missing if not name.startswith(("score.", "classifier.", "dropout."))}
+    if missing:
+        first = sorted(missing)[0]
+        others = f" (and {len(missing) - 1} others)" if len(missing) > 1 else ""
+        raise ValueError(
+            f"{source} lacks the tensor {first}{others}: fetch the checkpoint again, or build an untrained model with "
+            f"{type(model).__name__}(config)."
+        )

@@ -1,0 +1,748 @@
+"""Nemotron-H: Mamba-2, attention, MLP and MoE mixers, one per layer, on a pre-norm residual stream.
+
+    x = x + mixer(RMSNorm(x))            mixer chosen by the pattern: M Mamba-2, * attention, - MLP, E MoE
+
+Papers: Nemotron-H (arXiv 2504.03624), Mamba-2 (2405.21060), Nemotron 3 with LatentMoE (2512.20856).
+
+Shape suffixes: B batch, L length, D hidden size, I Mamba width (H*P), C convolution channels, H Mamba heads, P head
+dim, G groups, N state size, K convolution kernel, W = K-1, T tokens (B*L), E experts, k experts per token, A attention
+heads, Q head dim of attention, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_experts_implementation
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from . import ops
+from .checkpoints import published
+from .cache import MambaLayer, NemotronHCache
+from .compat import (
+    CACHE_NAME,
+    CACHE_NAMES,
+    NemotronHCausalLMOutput,
+    NemotronHModelOutput,
+    causal_mask,
+    pick_cache,
+    rename_cache_kwarg,
+)
+from .configuration import NemotronHConfig
+from .packing import document_ids, padding_mask, same_document, varlen_kwargs
+
+
+_FORWARD_KWARGS = frozenset(
+    {*TransformersKwargs.__optional_keys__, "return_dict", "debug_io", "debug_io_dir", "prune_layers"}
+)
+
+
+def _check_kwargs(kwargs: dict[str, Any]) -> None:
+    """Refuse what no layer would read, so that a misspelt argument is not lost."""
+    if unknown := sorted(set(kwargs) - _FORWARD_KWARGS):
+        raise TypeError(
+            f"forward() got the unknown argument {unknown[0]}={kwargs[unknown[0]]!r}: leave it out; "
+            "`help(NemotronHModel.forward)` lists what there is."
+        )
+
+
+def _parameter_dtype() -> torch.dtype:
+    """float32 for the parameters that keep it in a half-precision model, float64 in a float64 model."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
+class _Float32Parameters(nn.Module):
+    """A module whose own parameters stay float32 when the model is cast to half precision.
+
+    `dtype=` of `from_pretrained` is handled by `_keep_in_fp32_modules_strict`; this is for `.to(dtype)`, `.half()`,
+    `.bfloat16()`, which would round A_log, D, dt_bias and the router away from what the checkpoint says.
+    """
+
+    def _apply(self, fn, recurse=True):
+        def keep_float32(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            if tensor.is_floating_point() and new.is_floating_point() and new.dtype.itemsize < 4 <= tensor.dtype.itemsize:
+                return tensor.to(new.device)
+            return new
+
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(keep_float32, recurse=False)
+
+
+class NemotronHRMSNorm(nn.Module):
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.variance_epsilon)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class NemotronHRMSNormGated(nn.Module):
+    """RMSNorm_grouped(y * silu(z)): the gate before the norm, the weight after it, `n_groups` groups."""
+
+    def __init__(self, hidden_size: int, n_groups: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+        self.n_groups = n_groups
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        return ops.gated_rms_norm(y, z, self.weight, self.variance_epsilon, self.n_groups)
+
+
+class NemotronHMamba2Mixer(_Float32Parameters):
+    def __init__(self, config: NemotronHConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads = config.mamba_num_heads
+        self.head_dim = config.mamba_head_dim
+        self.n_groups = config.n_groups
+        self.ssm_state_size = config.ssm_state_size
+        self.intermediate_size = config.d_inner
+        self.conv_dim = config.conv_dim
+        self.chunk_size = config.chunk_size
+        self.time_step_limit = tuple(config.time_step_limit)
+        self.activation = config.mamba_hidden_act
+
+        self.in_proj = nn.Linear(config.hidden_size, config.in_proj_size, bias=config.mamba_proj_bias)
+        self.conv1d = nn.Conv1d(
+            self.conv_dim,
+            self.conv_dim,
+            kernel_size=config.conv_kernel,
+            groups=self.conv_dim,
+            padding=config.conv_kernel - 1,
+            bias=config.use_conv_bias,
+        )
+        dtype = _parameter_dtype()
+        self.dt_bias = nn.Parameter(torch.ones(self.num_heads, dtype=dtype))
+        self.A_log = nn.Parameter(torch.zeros(self.num_heads, dtype=dtype))
+        self.D = nn.Parameter(torch.ones(self.num_heads, dtype=dtype))
+        self.norm = NemotronHRMSNormGated(self.intermediate_size, self.n_groups, config.layer_norm_epsilon)
+        self.out_proj = nn.Linear(self.intermediate_size, config.hidden_size, bias=config.mamba_proj_bias)
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        cache: Cache | None = None,
+        mask_BL: Tensor | None = None,
+        seq_idx_BL: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Mamba-2 (2405.21060, section 7). `mask_BL` is False at padding, `seq_idx_BL` numbers packed documents."""
+        batch, length, _D = x_BLD.shape
+        memory: MambaLayer | None = cache.layers[self.layer_idx] if cache is not None else None
+        window_BCW = memory.window_BCW if memory is not None else None
+        state_BHPN = memory.state_BHPN if memory is not None else None
+
+        z_BLI, xBC_BLC, dt_BLH = self.in_proj(x_BLD).split(
+            [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
+        )
+        xBC_BLC, window_BCW = ops.causal_conv(
+            xBC_BLC,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            window_BCW=window_BCW,
+            mask_BL=mask_BL,
+            seq_idx_BL=seq_idx_BL,
+            activation=self.activation,
+        )
+        x_BLI, B_BLGN, C_BLGN = xBC_BLC.split(
+            [self.intermediate_size] + [self.n_groups * self.ssm_state_size] * 2, dim=-1
+        )
+        x_BLHP = x_BLI.view(batch, length, self.num_heads, self.head_dim)
+        B_BLGN = B_BLGN.view(batch, length, self.n_groups, self.ssm_state_size)
+        C_BLGN = C_BLGN.view(batch, length, self.n_groups, self.ssm_state_size)
+        dt_BLH = ops.time_step(dt_BLH, self.dt_bias, self.time_step_limit, mask_BL)
+        A_H = -torch.exp(self.A_log)
+
+        if length == 1 and state_BHPN is not None:
+            y_BHP, state_BHPN = ops.ssd_step(
+                x_BLHP[:, 0], dt_BLH[:, 0], A_H, B_BLGN[:, 0], C_BLGN[:, 0], self.D, state_BHPN
+            )
+            y_BLHP = y_BHP.unsqueeze(1)
+        else:
+            y_BLHP, state_BHPN = ops.ssd(
+                x_BLHP,
+                dt_BLH,
+                A_H,
+                B_BLGN,
+                C_BLGN,
+                self.D,
+                initial_state_BHPN=state_BHPN,
+                seq_idx_BL=seq_idx_BL,
+                chunk_size=self.chunk_size,
+            )
+        if memory is not None:
+            memory.update(window_BCW, state_BHPN, length)
+
+        y_BLI = self.norm(y_BLHP.reshape(batch, length, self.intermediate_size), z_BLI)
+        return self.out_proj(y_BLI)
+
+
+class NemotronHAttention(nn.Module):
+    """Grouped-query attention without position encoding; scale `head_dim ** -0.5`."""
+
+    def __init__(self, config: NemotronHConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
+
+    def forward(
+        self, x_BLD: Tensor, cache: Cache | None = None, attention_mask: Any = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        shape = (*x_BLD.shape[:-1], -1, self.head_dim)
+        q_BALQ, k_BALQ, v_BALQ = (
+            proj(x_BLD).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if cache is not None:
+            k_BALQ, v_BALQ = cache.update(k_BALQ, v_BALQ, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager_attention)
+        y_BLAQ, weights = attend(
+            self,
+            q_BALQ,
+            k_BALQ,
+            v_BALQ,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(y_BLAQ.reshape(*x_BLD.shape[:-1], -1)), weights
+
+
+def _eager_attention(
+    module: nn.Module,
+    q_BALQ: Tensor,
+    k_BALQ: Tensor,
+    v_BALQ: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    repeats = module.num_key_value_groups
+    k_BALQ, v_BALQ = k_BALQ.repeat_interleave(repeats, dim=1), v_BALQ.repeat_interleave(repeats, dim=1)
+    scores = q_BALQ @ k_BALQ.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    # float32 for half precision; a float64 model keeps float64
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    weights = F.dropout(scores.softmax(-1, dtype=dtype).to(scores.dtype), p=dropout, training=module.training)
+    return (weights @ v_BALQ).transpose(1, 2).contiguous(), weights
+
+
+class NemotronHMLP(nn.Module):
+    def __init__(self, config: NemotronHConfig, intermediate_size: int):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.mlp_hidden_act]
+
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(x)))
+
+
+class NemotronHTopkRouter(_Float32Parameters):
+    """Sigmoid router in float32; the correction bias decides which experts are chosen, never their weight."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: NemotronHConfig):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.n_group = config.n_group
+        self.topk_group = config.topk_group
+        self.norm_topk_prob = config.norm_topk_prob
+        self.routed_scaling_factor = config.routed_scaling_factor
+        dtype = _parameter_dtype()
+        self.weight = nn.Parameter(torch.zeros(config.n_routed_experts, config.hidden_size, dtype=dtype))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=dtype))
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, D) -> logits (T, E), weights (T, k), indices (T, k)."""
+        logits_TE = F.linear(x_TD.to(self.weight.dtype), self.weight)
+        indices_Tk, weights_Tk = ops.router(
+            logits_TE,
+            self.e_score_correction_bias,
+            top_k=self.top_k,
+            n_group=self.n_group,
+            topk_group=self.topk_group,
+            norm_topk_prob=self.norm_topk_prob,
+            scaling=self.routed_scaling_factor,
+        )
+        return logits_TE, weights_Tk, indices_Tk
+
+
+@use_experts_implementation(has_gate=False)
+class _LibraryExperts(nn.Module):
+    """Squared-ReLU experts as 3-D parameters, run by `transformers`' experts interface (grouped GEMM and others)."""
+
+    def __init__(self, config: NemotronHConfig):
+        super().__init__()
+        self.num_experts = config.n_routed_experts
+        width, inner = config.moe_latent_size or config.hidden_size, config.moe_intermediate_size
+        self.up_proj = nn.Parameter(torch.empty(self.num_experts, inner, width))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, width, inner))
+        self.act_fn = ACT2FN[config.mlp_hidden_act]
+
+    def forward(self, x_TD: Tensor, indices_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+        """The interface's "eager": one expert after the other, tokens gathered and scattered."""
+        out_TD = torch.zeros_like(x_TD, dtype=weights_Tk.dtype)
+        for expert in indices_Tk.unique().tolist():
+            token, slot = torch.where(indices_Tk == expert)
+            hidden = self.act_fn(F.linear(x_TD[token], self.up_proj[expert]))
+            y = F.linear(hidden, self.down_proj[expert]) * weights_Tk[token, slot, None]
+            out_TD = out_TD.index_add(0, token, y.to(out_TD.dtype))
+        return out_TD.to(x_TD.dtype)
+
+
+class NemotronHExperts(_LibraryExperts):
+    def forward(self, x_TD: Tensor, indices_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+        # torch's grouped GEMM refuses float64.
+        run = _LibraryExperts.forward.__wrapped__ if x_TD.dtype == torch.float64 else _LibraryExperts.forward  # type: ignore[attr-defined]
+        return run(self, x_TD, indices_Tk, weights_Tk)
+
+
+class NemotronHMoE(nn.Module):
+    """Routed experts (in a latent space if `moe_latent_size`) plus shared experts that see every token."""
+
+    def __init__(self, config: NemotronHConfig):
+        super().__init__()
+        self.gate = NemotronHTopkRouter(config)
+        self.experts = NemotronHExperts(config)
+        self.shared_experts = (
+            NemotronHMLP(config, config.moe_shared_expert_intermediate_size) if config.n_shared_experts else None
+        )
+        if config.moe_latent_size:
+            self.fc1_latent_proj: nn.Module = nn.Linear(config.hidden_size, config.moe_latent_size, bias=config.mlp_bias)
+            self.fc2_latent_proj: nn.Module = nn.Linear(config.moe_latent_size, config.hidden_size, bias=config.mlp_bias)
+        else:
+            self.fc1_latent_proj = self.fc2_latent_proj = nn.Identity()
+
+    def forward(self, x_BLD: Tensor, **_: Any) -> Tensor:
+        x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
+        _logits, weights_Tk, indices_Tk = self.gate(x_TD)
+        y_TD = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(x_TD), indices_Tk, weights_Tk))
+        y_BLD = y_TD.view(x_BLD.shape)
+        return y_BLD if self.shared_experts is None else y_BLD + self.shared_experts(x_BLD)
+
+
+def build_mixer(config: NemotronHConfig, kind: str, layer_idx: int) -> nn.Module:
+    """The mixer of one layer; `kind` as in `config.layers_block_type`."""
+    if kind == "mamba":
+        return NemotronHMamba2Mixer(config, layer_idx)
+    if kind == "attention":
+        return NemotronHAttention(config, layer_idx)
+    if kind == "mlp":
+        return NemotronHMLP(config, config.mlp_intermediate_size(layer_idx))
+    return NemotronHMoE(config)
+
+
+class NemotronHBlock(GradientCheckpointingLayer):
+    """`x + mixer(RMSNorm(x))`."""
+
+    def __init__(self, config: NemotronHConfig, layer_idx: int):
+        super().__init__()
+        self.block_type = config.layers_block_type[layer_idx]
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.norm = NemotronHRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = build_mixer(config, self.block_type, layer_idx)
+
+    def forward(self, x_BLD: Tensor, attention_mask: Any = None, mask_BL: Tensor | None = None, **kwargs: Any) -> Tensor:
+        normed = self.norm(x_BLD.to(self.norm.weight.dtype))
+        if self.block_type == "attention":
+            y_BLD, _ = self.mixer(normed, attention_mask=attention_mask, **kwargs)
+        else:
+            y_BLD = self.mixer(normed, mask_BL=mask_BL, **kwargs)
+        if self.residual_in_fp32:
+            x_BLD = x_BLD.to(torch.promote_types(x_BLD.dtype, torch.float32))
+        return x_BLD + y_BLD
+
+
+class NemotronHPreTrainedModel(PreTrainedModel):
+    config: NemotronHConfig
+    config_class = NemotronHConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NemotronHBlock"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # A Mamba state cannot forget its last tokens: generate() must refuse what needs that.
+    _is_stateful = True
+    _can_record_outputs = {
+        "hidden_states": NemotronHBlock,
+        "attentions": NemotronHAttention,
+        "router_logits": OutputRecorder(NemotronHTopkRouter, index=0),
+    }
+    _keep_in_fp32_modules_strict = ["mixer.A_log", "mixer.D", "mixer.dt_bias", "gate.weight", "e_score_correction_bias"]
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """`PreTrainedModel.from_pretrained`, which also refuses files that are cut short or lack tensors.
+
+        Raises:
+            OSError: a file cannot be read.
+            ValueError: a tensor is missing.
+        """
+        source = pretrained_model_name_or_path
+        try:
+            model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            name, reason = published.unreadable_file(source) or (source, str(error))
+            raise OSError(f"{name} in {source} cannot be read ({reason}): fetch that file again.") from None
+        if source is not None:
+            published.check_nothing_missing(model, info["missing_keys"], source)
+        return (model, info) if output_loading_info else model
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialisation for training from scratch; `transformers` calls it for weights no checkpoint gave only."""
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, NemotronHMamba2Mixer):
+            # A ~ U(1, 16); dt log-uniform in [time_step_min, time_step_max], through the inverse of softplus.
+            low, high = math.log(self.config.time_step_min), math.log(self.config.time_step_max)
+            dt_H = torch.exp(torch.rand(module.num_heads) * (high - low) + low).clamp(min=self.config.time_step_floor)
+            init.copy_(module.A_log, torch.empty(module.num_heads).uniform_(1, 16).log())
+            init.copy_(module.dt_bias, dt_H + torch.log(-torch.expm1(-dt_H)))
+            init.ones_(module.D)
+            fan_in = module.conv1d.weight.shape[-1]
+            init.uniform_(module.conv1d.weight, -(fan_in**-0.5), fan_in**-0.5)
+            if module.conv1d.bias is not None:
+                init.zeros_(module.conv1d.bias)
+        elif isinstance(module, NemotronHTopkRouter):
+            init.normal_(module.weight, std=std)
+            init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, _LibraryExperts):
+            init.normal_(module.up_proj, std=std)
+            init.normal_(module.down_proj, std=std / self._residual_scale)
+        elif isinstance(module, (NemotronHRMSNorm, NemotronHRMSNormGated)):
+            init.ones_(module.weight)
+        if isinstance(module, NemotronHBlock):
+            # What writes to the residual stream starts smaller, by the depth (GPT-2, Megatron-LM).
+            for name in ("out_proj", "o_proj", "down_proj"):
+                if isinstance(projection := getattr(module.mixer, name, None), nn.Linear):
+                    init.normal_(projection.weight, std=std / self._residual_scale)
+
+    @property
+    def _residual_scale(self) -> float:
+        return math.sqrt(self.config.num_hidden_layers) if self.config.rescale_prenorm_residual else 1.0
+
+
+class NemotronHModel(NemotronHPreTrainedModel):
+    """The layers and the final norm: token ids to hidden states."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^mtp\.", r"^lm_head\."]
+
+    def __init__(self, config: NemotronHConfig):
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([NemotronHBlock(config, idx) for idx in range(config.num_hidden_layers)])
+        self.norm_f = NemotronHRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Any] | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
+        cache_params: Cache | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        **kwargs: Any,
+    ) -> NemotronHModelOutput:
+        """Hidden states of a batch of token rows.
+
+        Args:
+            input_ids: (B, L) token ids; or `inputs_embeds` (B, L, D).
+            attention_mask: (B, past + L), 0 at padding, on either side; or a 4-D mask for the attention layers, or
+                the dict that `create_masks_for_generate` made.
+            position_ids: (B, L); not used as positions. Where they restart, a packed document begins.
+            cache: the tokens before these; also accepted as `past_key_values` and `cache_params`.
+            use_cache: return the cache for going on; a new one is made where none is given.
+            seq_idx: (B, L) number of the document that each token belongs to, for packed rows.
+            cu_seq_lens_q, cu_seq_lens_k: (documents + 1,) cumulative lengths of the documents of one packed row.
+        """
+        _check_kwargs(kwargs)
+        if (input_ids is None) == (inputs_embeds is None):
+            got = "neither" if input_ids is None else "both"
+            raise ValueError(f"The model takes one of `input_ids` and `inputs_embeds` and got {got}: pass exactly one.")
+        x_BLD = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        length = x_BLD.shape[1]
+
+        cache = pick_cache(cache=cache, past_key_values=past_key_values, cache_params=cache_params)
+        if cache is not None:
+            cache = NemotronHCache.adopt(cache, self.config)
+        if self.gradient_checkpointing and self.training:
+            # The recomputation would update the cache a second time.
+            cache, use_cache = None, False
+
+        prepared = attention_mask if isinstance(attention_mask, dict) else None
+        mask_BL = prepared["mamba"] if prepared is not None else padding_mask(attention_mask, length)
+        seq_idx_BL = document_ids(x_BLD, mask_BL, position_ids, seq_idx, cu_seq_lens_q, cache)
+        if seq_idx_BL is not None:
+            # Documents that do not see each other leave nothing to go on from.
+            use_cache = False
+        if use_cache and cache is None:
+            cache = NemotronHCache(self.config)
+
+        if prepared is not None:
+            attention_mask = prepared["attention"]
+        elif "attention" not in self.config.layers_block_type:
+            attention_mask = None
+        elif seq_idx_BL is not None:
+            varlen = varlen_kwargs(self.config, seq_idx_BL)
+            kwargs |= varlen
+            attention_mask = (
+                None
+                if varlen
+                else causal_mask(
+                    self.config, x_BLD, None, None, and_mask_function=same_document(seq_idx_BL, mask_BL)
+                )
+            )
+        else:
+            attention_mask = causal_mask(self.config, x_BLD, attention_mask, cache)
+
+        for layer in self.layers:
+            x_BLD = layer(
+                x_BLD,
+                attention_mask=attention_mask,
+                mask_BL=mask_BL,
+                seq_idx_BL=seq_idx_BL,
+                cache=cache,
+                **kwargs,
+            )
+        return NemotronHModelOutput(
+            last_hidden_state=self.norm_f(x_BLD), **{CACHE_NAME: cache if use_cache else None}
+        )
+
+
+class NemotronHMTPLayer(NemotronHBlock):
+    """One layer of a multi-token-prediction depth; the first of a depth joins the next token's embedding in, the last
+    has the depth's own final norm. Held so that loading and saving keep it; nothing calls it yet."""
+
+    def __init__(self, config: NemotronHConfig, kind: str, first: bool, last: bool):
+        GradientCheckpointingLayer.__init__(self)
+        width, eps = config.hidden_size, config.layer_norm_epsilon
+        self.block_type = kind
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.norm = NemotronHRMSNorm(width, eps)
+        self.mixer = build_mixer(config, kind, 0)
+        if first:
+            self.enorm = NemotronHRMSNorm(width, eps)
+            self.hnorm = NemotronHRMSNorm(width, eps)
+            self.eh_proj = nn.Linear(2 * width, width, bias=False)
+        if last:
+            self.final_layernorm = NemotronHRMSNorm(width, eps)
+
+
+class NemotronHMultiTokenPredictor(nn.Module):
+    """The `mtp.*` tensors of a checkpoint: `num_nextn_predict_layers` depths of `mtp_layers_block_type`."""
+
+    def __init__(self, config: NemotronHConfig):
+        super().__init__()
+        kinds = config.mtp_layers_block_type
+        self.layers = nn.ModuleList(
+            NemotronHMTPLayer(config, kind, first=idx == 0, last=idx == len(kinds) - 1)
+            for _depth in range(config.num_nextn_predict_layers)
+            for idx, kind in enumerate(kinds)
+        )
+        # No loss reaches it: without this, DDP waits for its gradients.
+        self.requires_grad_(False)
+
+
+class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
+    """Nemotron-H with its language-modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
+
+    def __init__(self, config: NemotronHConfig):
+        super().__init__(config)
+        self.model = NemotronHModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mtp = NemotronHMultiTokenPredictor(config) if config.has_mtp else None
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Any] | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
+        cache_params: Cache | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        **kwargs: Any,
+    ) -> NemotronHCausalLMOutput:
+        """Next-token logits, (B, L, V), in float32 or better; arguments as in `NemotronHModel.forward`, and
+
+        Args:
+            labels: (B, L) target ids, -100 where there is none; shifted by one inside.
+            logits_to_keep: compute the logits of the last so many positions only (0: all), or of the positions in
+                this index tensor.
+        """
+        _check_kwargs(kwargs)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=pick_cache(cache=cache, past_key_values=past_key_values, cache_params=cache_params),
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            **{key: value for key, value in kwargs.items() if key != "num_items_in_batch"},
+        )
+        x_BLD = outputs.last_hidden_state
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        x_BLD = x_BLD[:, keep]
+        # Two-dimensional: with a frozen weight torch turns a linear of a 3-D slice into a batched product that first
+        # copies the whole weight (3.7 s against 0.08 s at vocabulary 131,072).
+        logits_TV = self.lm_head(x_BLD.reshape(-1, x_BLD.shape[-1]))
+        logits_BLV = logits_TV.view(*x_BLD.shape[:-1], -1)
+        logits_BLV = logits_BLV.to(torch.promote_types(logits_BLV.dtype, torch.float32))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits_BLV, labels, self.vocab_size, **kwargs)
+        return NemotronHCausalLMOutput(
+            loss=loss,
+            logits=logits_BLV,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
+        )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`transformers`' `generate()`; the cache goes by any of its names."""
+        return super().generate(*args, **rename_cache_kwarg(kwargs))
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        implementation = generation_config.cache_implementation
+        static = implementation in ("static", "offloaded_static")
+        if (
+            model_kwargs.get(CACHE_NAME) is None
+            and generation_config.use_cache is not False
+            and (static or implementation in (None, "dynamic", "dynamic_full", "offloaded"))
+        ):
+            max_cache_length = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+            model_kwargs[CACHE_NAME] = NemotronHCache(
+                self.config,
+                max_cache_len=max_cache_length if static else None,
+                offloading=(implementation or "").startswith("offloaded"),
+            )
+            return
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: NemotronHConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The masks of both kinds of layers, made outside the compiled step so that their growth does not recompile it."""
+        cache = pick_cache(**{name: kwargs.get(name) for name in CACHE_NAMES})
+        length = inputs_embeds.shape[1]
+        attention = (
+            causal_mask(config, inputs_embeds, attention_mask, cache)
+            if "attention" in config.layers_block_type
+            else None
+        )
+        # A token that generate() appends is never padding.
+        return {"attention": attention, "mamba": None if length == 1 else padding_mask(attention_mask, length)}
+
+
+class NemotronHForSequenceClassification(GenericForSequenceClassification, NemotronHPreTrainedModel):
+    """Nemotron-H with a linear classifier on each row's last token that is not padding."""
+
+
+class NemotronHForTokenClassification(GenericForTokenClassification, NemotronHPreTrainedModel):
+    """Nemotron-H with a linear classifier on every token."""
+
+
+published.register()
+
+__all__ = [
+    "NemotronHForCausalLM",
+    "NemotronHForSequenceClassification",
+    "NemotronHForTokenClassification",
+    "NemotronHModel",
+    "NemotronHPreTrainedModel",
+]

@@ -1,0 +1,122 @@
+"""Which tokens are padding, and which document each token belongs to, from what trainers and collators pass.
+
+Everything below the model works with two tensors: `mask_BL` (bool, False at padding) and `seq_idx_BL` (document
+number), each None where there is nothing to say, so that plain batches pay nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.utils.generic import is_flash_attention_requested
+from transformers.utils.import_utils import is_tracing
+
+from .cache import cache_length
+
+
+def padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """The last `length` columns of a (B, past + L) attention mask as bool; None where nothing is padding.
+
+    4-D masks say nothing of padding. Whether a mask is all ones is asked of the CPU always, of an accelerator only
+    before a multi-token step: in decoding the answer would stall it at every token.
+    """
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None
+    mask_BL = attention_mask[:, -length:].bool()
+    if is_tracing(mask_BL) or (length == 1 and mask_BL.device.type != "cpu"):
+        return mask_BL
+    return None if bool(mask_BL.all()) else mask_BL
+
+
+def document_ids(
+    x_BLD: Tensor,
+    mask_BL: Tensor | None,
+    position_ids: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seq_lens: Tensor | None,
+    cache: Cache | None,
+) -> Tensor | None:
+    """(B, L) document numbers of a packed batch, or None for one document a row.
+
+    From `seq_idx`, else from `cu_seq_lens`, else from `position_ids`: a document begins at a token whose position is
+    not above that of the token before it. Padding is skipped over, so that the positions that `generate()` counts
+    for left-padded rows are not taken for a pack.
+
+    Raises:
+        ValueError: packed documents together with a cache, or `cu_seq_lens` with more than one row.
+    """
+    batch, length = x_BLD.shape[:2]
+    if seq_idx is not None:
+        seq_idx_BL = seq_idx.reshape(-1, length).expand(batch, length).to(x_BLD.device, torch.int64)
+    elif cu_seq_lens is not None:
+        if batch != 1:
+            raise ValueError(
+                f"cu_seq_lens describes one packed row and the batch has {batch}: flatten it to one row, or pass seq_idx."
+            )
+        ends = cu_seq_lens.reshape(-1)[1:].to(x_BLD.device, torch.int64)
+        positions = torch.arange(length, device=x_BLD.device)
+        seq_idx_BL = torch.searchsorted(ends, positions, right=True).unsqueeze(0)
+    elif position_ids is not None and position_ids.ndim == 2 and length > 1:
+        seq_idx_BL = _documents_of_positions(position_ids.to(x_BLD.device).expand(batch, length), mask_BL)
+    else:
+        return None
+    if not is_tracing(seq_idx_BL) and bool((seq_idx_BL == seq_idx_BL[:, :1]).all()):
+        return None
+    if cache is not None:
+        if is_tracing(seq_idx_BL) and seq_idx is None and cu_seq_lens is None:
+            # Whether positions restart cannot be asked while tracing, and a traced call with a cache is generation.
+            return None
+        raise ValueError(
+            f"The row holds several packed documents and a cache of {int(cache_length(cache))} tokens was passed, which "
+            "only one document can go on from: pass the documents without a cache, or one a row with padding."
+        )
+    return seq_idx_BL
+
+
+def _documents_of_positions(position_ids_BL: Tensor, mask_BL: Tensor | None) -> Tensor:
+    previous_BL = position_ids_BL[:, :-1]
+    if mask_BL is None:
+        starts_BL = position_ids_BL[:, 1:] <= previous_BL
+    else:
+        index_BL = torch.arange(position_ids_BL.shape[1], device=position_ids_BL.device).expand_as(position_ids_BL)
+        last_token_BL = torch.where(mask_BL, index_BL, -1).cummax(dim=1).values[:, :-1]
+        previous_BL = position_ids_BL.gather(1, last_token_BL.clamp(min=0))
+        starts_BL = mask_BL[:, 1:] & (last_token_BL >= 0) & (position_ids_BL[:, 1:] <= previous_BL)
+    return torch.nn.functional.pad(starts_BL.cumsum(dim=1), (1, 0))
+
+
+def same_document(seq_idx_BL: Tensor, mask_BL: Tensor | None) -> Any:
+    """Mask function for `transformers.masking_utils`: a query sees the tokens of its own document only."""
+
+    def visible(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        same = seq_idx_BL[batch_idx, q_idx] == seq_idx_BL[batch_idx, kv_idx]
+        return same if mask_BL is None else same & mask_BL[batch_idx, kv_idx]
+
+    return visible
+
+
+def varlen_kwargs(config: Any, seq_idx_BL: Tensor) -> dict[str, Any]:
+    """What flash attention wants of a packed row instead of a mask: cumulative lengths. Empty for the others.
+
+    Raises:
+        ValueError: more than one packed row.
+    """
+    if not is_flash_attention_requested(config):
+        return {}
+    if seq_idx_BL.shape[0] != 1:
+        raise ValueError(
+            f"Flash attention takes packed documents in one row and the batch has {seq_idx_BL.shape[0]}: "
+            'flatten the batch to one row, or load with attn_implementation="sdpa".'
+        )
+    _, lengths = torch.unique_consecutive(seq_idx_BL[0], return_counts=True)
+    cu_seq_lens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    longest = int(lengths.max())
+    return {
+        "cu_seq_lens_q": cu_seq_lens,
+        "cu_seq_lens_k": cu_seq_lens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
