@@ -261,11 +261,10 @@ class NemotronHConfig(PreTrainedConfig):
     def _read_dtype(self, torch_dtype: Any) -> None:
         # Both may be there and differ: from_pretrained(..., dtype=...) replaces one of them in the file's dictionary.
         dtype: Any = getattr(self, "dtype", None) or torch_dtype
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
-        if dtype is not None and not isinstance(dtype, torch.dtype):
+        found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+        if dtype is not None and not isinstance(found, torch.dtype):
             _fail(f"dtype is {dtype!r}", "name a torch dtype such as 'bfloat16' or 'float32'")
-        self.dtype = dtype
+        self.dtype = found
 
     def _read_aliases(self, kwargs: dict[str, Any]) -> None:
         for name, (default, aliases) in _ALIASED.items():
