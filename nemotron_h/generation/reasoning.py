@@ -82,6 +82,7 @@ class ReasoningStreamer(TextStreamer):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, started: bool | None = None, **decode_kwargs: Any):
         super().__init__(tokenizer, skip_prompt=True, **decode_kwargs)
         self._started = started
+        self.next_tokens_are_prompt: bool = True
         # The markers may themselves be special tokens (Nemotron 3: ids 12 and 13), so `skip_special_tokens` would
         # take away the boundary: everything else that is special is dropped here, before decoding.
         special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}

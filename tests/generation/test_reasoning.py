@@ -42,7 +42,7 @@ def test_split(text: str, started: bool, expected: Split) -> None:
 
 
 def byte_tokenizer(marker_tokens: bool) -> PreTrainedTokenizerFast:
-    """One token per byte, so that streaming cuts inside characters and markers; the markers optionally special tokens."""
+    """One token per byte, so that streaming cuts inside characters and markers; the markers may be special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,0 +1,91 @@
+"""What several commands share: options, and which model a name means."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from ..generation.chat import Chat
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", "-m", metavar="FOLDER|HUB_ID", help="The model.", show_default="the bundled one"),
+]
+DtypeOption = Annotated[
+    str, typer.Option(help="auto (as stored), bfloat16, float16, float32 or float64.", metavar="DTYPE")
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", metavar="DEVICE")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+
+
+def check_dtype(dtype: str) -> str:
+    if dtype not in DTYPES:
+        raise ValueError(f"There is no dtype {dtype!r} for a model; write one of {', '.join(DTYPES)}.")
+    return dtype
+
+
+def find_model(name: str | None) -> tuple[str, bool]:
+    """The folder (or file, or hub id) that `name` means, and whether it is on this machine.
+
+    Only what looks like a hub id, `owner/name`, and is not a folder here is ever looked for on the network.
+    """
+    if name is None:
+        from ..bundled import WORD_PROBLEMS
+
+        return WORD_PROBLEMS, True
+    path = os.path.expanduser(name)
+    if os.path.exists(path):
+        return path, True
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        return name, False
+    raise ValueError(f"There is no folder {name!r} here, and a hub id is written owner/name; check --model.")
+
+
+def load_chat(name: str | None, dtype: str, device: str) -> Chat:
+    """The model with its tokenizer, and transformers kept quiet."""
+    path, local = find_model(name)
+    check_dtype(dtype)
+    if name is None and dtype == "auto":
+        dtype = "float32"  # what its figures were measured in; at its size bfloat16 saves nothing
+    from transformers.utils import logging
+
+    import nemotron_h  # noqa: F401 - registers the family
+
+    from ..generation.chat import Chat
+
+    logging.set_verbosity_error()
+    if name is None or not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    return Chat.load(path, dtype=dtype, device=device, local_files_only=local)
+
+
+def show(console: Console, text: str, style: str = "") -> None:
+    """Print a piece of a model's text: as it is, no markup, no line end, wrapped by the terminal."""
+    console.print(Text(text, style=style), end="", soft_wrap=True)
+
+
+def size(nbytes: float) -> str:
+    """Bytes in the unit that leaves three or four digits."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(nbytes) < 1024:
+            return f"{nbytes:,.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} GiB"
+
+
+def parse_size(text: str) -> int:
+    """'22GiB', '24 GB' or a plain number of bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, flags=re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size of memory; write it like 22GiB, 24GB or 25769803776.")
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))

@@ -1,0 +1,93 @@
+"""`nemotron-h generate`: one prompt, the answer streamed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .arguments import DeviceOption, DtypeOption, JsonOption, ModelOption, load_chat, show
+
+NAME = "generate"
+HELP = "Ask a model, and watch it think and answer. Models without a chat template continue the text."
+EXAMPLE = 'Example: nemotron-h generate "Tom has 14 pears and eats 5. How many pears are left?" --no-think'
+
+
+def run(
+    prompt: Annotated[str, typer.Argument(help="The question, or - to read it from standard input.")],
+    model: ModelOption = None,
+    think: Annotated[bool, typer.Option("--think/--no-think", help="Reason before the answer, or not.")] = True,
+    system: Annotated[str | None, typer.Option(help="A system text.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 512,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="Sample; 0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest mass.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k likeliest tokens.")] = None,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="Always take the likeliest token.  [default: as the model's config says]")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    sampling = sampling_arguments(greedy, temperature, top_p, top_k)
+    text = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
+    if not text.strip():
+        raise ValueError(f"The prompt {text!r} is empty; write a question, or - and send one to standard input.")
+    chat = load_chat(model, dtype, device)
+    if seed is not None:
+        from transformers import set_seed
+
+        set_seed(seed)
+    console, notes = Console(), Console(stderr=True)
+    if not chat.has_template and not as_json:
+        notes.print("This model has no chat template: the text is continued as it is.", style="dim")
+    streamer = None if as_json else streamer_for(console, chat)
+    reply = chat.ask(text, system=system, think=think, streamer=streamer, max_new_tokens=max_new_tokens, **sampling)
+    if as_json:
+        result = {**asdict(reply), "tokens_per_second": round(reply.tokens_per_second, 2)}
+        typer.echo(json.dumps(result, ensure_ascii=False))
+        return
+    if not reply.finished:
+        notes.print(f"Cut off after {reply.tokens} tokens; --max-new-tokens raises the limit.", style="yellow")
+    notes.print(f"{reply.tokens} tokens in {reply.seconds:.2f} s, {reply.tokens_per_second:.1f} tokens/s", style="dim")
+
+
+def sampling_arguments(
+    greedy: bool, temperature: float | None, top_p: float | None, top_k: int | None
+) -> dict[str, Any]:
+    """The options as `generate()` takes them; with none of them, the model's own generation config decides."""
+    given = {
+        name: value
+        for name, value in {"temperature": temperature, "top_p": top_p, "top_k": top_k}.items()
+        if value is not None
+    }
+    if greedy and given:
+        raise ValueError(
+            f"--greedy does not go with --{' and --'.join(given).replace('_', '-')}; leave one of them out."
+        )
+    if greedy or temperature == 0:
+        # the model's own sampling settings would only raise a warning that they are not used
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {"do_sample": True, **given} if given else {}
+
+
+def streamer_for(console: Console, chat: Any) -> Any:
+    """A streamer that shows the reasoning dimmed, then a blank line, then the answer."""
+    from ..generation.reasoning import ReasoningStreamer
+
+    class Streamer(ReasoningStreamer):
+        def on_text(self, kind: str, text: str) -> None:
+            if kind == "answer" and self.reasoning and self.answer == text:
+                console.print("\n")
+            show(console, text, "dim" if kind == "reasoning" else "")
+
+        def on_end(self) -> None:
+            console.print()
+
+    # A model without a template continues a text: whatever markers that text has are text too.
+    return Streamer(chat.tokenizer, started=None if chat.has_template else False)
