@@ -1,0 +1,77 @@
+"""`nemotron-h generate`: what is streamed, what is refused, what --json says."""
+
+import pytest
+
+
+@pytest.mark.core
+def test_json(cli_json, chat_model: str) -> None:
+    reply = cli_json("generate", "How many?", "-m", chat_model, "--greedy", "--max-new-tokens", "12")
+    assert reply["prompt"] == "How many?"
+    assert reply["tokens"] == 12 and reply["finished"] is False
+    assert reply["reasoning"] and reply["answer"] is None  # the random model never says </think>
+    assert reply["seconds"] > 0 and reply["tokens_per_second"] > 0
+
+
+@pytest.mark.core
+def test_no_think(cli_json, chat_model: str) -> None:
+    reply = cli_json("generate", "How many?", "-m", chat_model, "--greedy", "--max-new-tokens", "12", "--no-think")
+    assert reply["reasoning"] is None and reply["answer"]
+
+
+@pytest.mark.core
+def test_streamed_text_is_the_json_text(cli, cli_json, base_model: str) -> None:
+    arguments = ("generate", "Once upon", "-m", base_model, "--greedy", "--max-new-tokens", "12")
+    shown = cli(*arguments)
+    assert shown.stdout == cli_json(*arguments)["answer"] + "\n"
+    assert "no chat template" in shown.stderr
+    assert "12 tokens in" in shown.stderr and "--max-new-tokens raises the limit" in shown.stderr
+
+
+def test_stdin(cli_json, base_model: str) -> None:
+    arguments = ("-m", base_model, "--greedy", "--max-new-tokens", "4")
+    piped = cli_json("generate", "-", *arguments, input="Once upon\n")
+    assert piped["prompt"] == "Once upon"
+    assert piped["answer"] == cli_json("generate", "Once upon", *arguments)["answer"]
+
+
+def test_sampling_repeats_with_a_seed(cli_json, base_model: str) -> None:
+    def answer(*more: str) -> str:
+        return cli_json("generate", "Once", "-m", base_model, "--max-new-tokens", "16", *more)["answer"]
+
+    sampled = answer("--temperature", "1.5", "--top-p", "0.99", "--seed", "1")
+    assert sampled == answer("--temperature", "1.5", "--top-p", "0.99", "--seed", "1")
+    assert sampled != answer("--temperature", "1.5", "--top-p", "0.99", "--seed", "2")
+    assert answer("--top-k", "1", "--seed", "3") == answer("--greedy") == answer("--temperature", "0")
+
+
+def test_system(cli_json, refused, chat_model: str, base_model: str) -> None:
+    with_system = cli_json("generate", "Hi", "-m", chat_model, "--system", "Be brief.", "--max-new-tokens", "4")
+    assert with_system["tokens"] == 4
+    assert "no chat template" in refused("generate", "Hi", "-m", base_model, "--system", "Be brief.", "--json")
+
+
+def test_errors(refused, base_model: str, tmp_path) -> None:
+    assert "is empty" in refused("generate", " ")
+    assert "is empty" in refused("generate", "-", input="\n")
+    assert "no folder 'nowhere'" in refused("generate", "Hi", "-m", "nowhere")
+    assert "--greedy does not go with --temperature and --top-p" in refused(
+        "generate", "Hi", "-m", base_model, "--greedy", "--temperature", "1", "--top-p", "0.5"
+    )
+    assert "'float7'" in refused("generate", "Hi", "-m", base_model, "--dtype", "float7")
+    assert "'gpu'" in refused("generate", "Hi", "-m", base_model, "--device", "gpu")
+    assert refused("generate", "Hi", "-m", str(tmp_path))
+
+
+def test_debug_brings_the_traceback(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEMOTRON_H_DEBUG", "1")
+    assert isinstance(cli("generate", " ", code=1).exception, ValueError)
+
+
+@pytest.mark.core
+def test_bundled_model_reasons(cli, cli_json) -> None:
+    problem = "Ann has 12 apples and buys 7 apples. How many apples does Ann have now?"
+    reply = cli_json("generate", problem)
+    assert reply["finished"] and reply["reasoning"] and reply["answer"].startswith("The answer is")
+    shown = cli("generate", problem).stdout
+    assert shown.strip() == f"{reply['reasoning']}\n\n{reply['answer']}"
+    assert cli_json("generate", problem, "--no-think")["reasoning"] is None
