@@ -151,6 +151,14 @@ class MambaLayer(LinearAttentionCacheLayerMixin):
         self._map_rows(lambda tensor: tensor[indices.to(tensor.device)])
 
 
+class GrowingLayer(DynamicLayer):
+    """Keys and values that grow; `reset` empties them (the library's own zeroes them and keeps their length)."""
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+
+
 class EmptyLayer(DummyLayer):  # type: ignore[misc, valid-type]
     """The memory of an MLP or MoE layer: none."""
 
@@ -194,7 +202,6 @@ class NemotronHCache(Cache):
             layers=[_new_layer(kind, config, max_cache_len) for kind in config.layers_block_type],
             offloading=offloading,
         )
-        self.max_cache_len_static = max_cache_len
 
     @classmethod
     def adopt(cls, cache: Cache, config: NemotronHConfig) -> Cache:
@@ -290,7 +297,7 @@ def _new_layer(kind: str, config: NemotronHConfig, max_cache_len: int | None) ->
     if kind == "mamba":
         return MambaLayer(getattr(torch, config.mamba_ssm_cache_dtype), static=max_cache_len is not None)
     if kind == "attention":
-        return DynamicLayer() if max_cache_len is None else StaticLayer(max_cache_len)
+        return GrowingLayer() if max_cache_len is None else StaticLayer(max_cache_len)
     return EmptyLayer()
 
 

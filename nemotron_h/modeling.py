@@ -123,7 +123,8 @@ class NemotronHMamba2Mixer(_Float32Parameters):
         self.ssm_state_size = config.ssm_state_size
         self.intermediate_size = config.d_inner
         self.conv_dim = config.conv_dim
-        self.chunk_size = config.chunk_size
+        # The result does not depend on it: the config's is what NVIDIA's kernel used, ours is what was fastest.
+        self.chunk_size = min(config.chunk_size, ops.DEFAULT_CHUNK_SIZE)
         self.time_step_limit = tuple(config.time_step_limit)
         self.activation = config.mamba_hidden_act
 
@@ -421,14 +422,19 @@ class NemotronHPreTrainedModel(PreTrainedModel):
 
         Raises:
             OSError: a file cannot be read.
-            ValueError: a tensor is missing.
+            ValueError: a tensor is missing, or has another shape than the config says.
         """
         source = pretrained_model_name_or_path
+        ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         try:
-            model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+            model, info = super().from_pretrained(
+                source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
         except SafetensorError as error:
             name, reason = published.unreadable_file(source) or (source, str(error))
             raise OSError(f"{name} in {source} cannot be read ({reason}): fetch that file again.") from None
+        if not ignore_mismatched_sizes:
+            published.check_shapes(info["mismatched_keys"], source)
         if source is not None:
             published.check_nothing_missing(model, info["missing_keys"], source)
         return (model, info) if output_loading_info else model

@@ -15,6 +15,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.import_utils import is_tracing
 
 from .cache import cache_length
+from .ops import document_index
 
 
 def padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
@@ -50,7 +51,7 @@ def document_ids(
     """
     batch, length = x_BLD.shape[:2]
     if seq_idx is not None:
-        seq_idx_BL = seq_idx.reshape(-1, length).expand(batch, length).to(x_BLD.device, torch.int64)
+        seq_idx_BL = document_index(seq_idx.reshape(-1, length).expand(batch, length).to(x_BLD.device), mask_BL)
     elif cu_seq_lens is not None:
         if batch != 1:
             raise ValueError(
@@ -58,7 +59,7 @@ def document_ids(
             )
         ends = cu_seq_lens.reshape(-1)[1:].to(x_BLD.device, torch.int64)
         positions = torch.arange(length, device=x_BLD.device)
-        seq_idx_BL = torch.searchsorted(ends, positions, right=True).unsqueeze(0)
+        seq_idx_BL = document_index(torch.searchsorted(ends, positions, right=True).unsqueeze(0), mask_BL)
     elif position_ids is not None and position_ids.ndim == 2 and length > 1:
         seq_idx_BL = _documents_of_positions(position_ids.to(x_BLD.device).expand(batch, length), mask_BL)
     else:

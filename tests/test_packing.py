@@ -76,6 +76,18 @@ def test_packed_rows_with_padding(side):
 
 
 @torch.no_grad()
+def test_padding_inside_a_packed_document():
+    """Pads in the middle of a document, numbered -1 by the caller, do not split it."""
+    model, ids = small_model("moe"), tokens(1, 12)
+    seq_idx = torch.tensor([[0, 0, 0, 0, 1, 1, -1, -1, 1, 1, 2, 2]])
+    mask = (seq_idx >= 0).long()
+    logits = model(ids, attention_mask=mask, seq_idx=seq_idx).logits
+    for document in range(3):
+        here = seq_idx[0] == document
+        assert relative_difference(logits[:, here], model(ids[:, here]).logits) <= TOLERANCE
+
+
+@torch.no_grad()
 def test_positions_of_left_padded_rows_are_not_taken_for_a_pack():
     model = small_model("dense")
     ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)

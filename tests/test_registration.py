@@ -8,6 +8,7 @@ import transformers
 from families import small_model, tokens
 
 import nemotron_h
+from nemotron_h.bundled import WORD_PROBLEMS
 
 pytestmark = pytest.mark.core
 AUTO = {
@@ -54,9 +55,7 @@ def test_from_config(folder, auto, name):
 
 
 def test_pipeline():
-    from nemotron_h.cli import bundled_model
-
-    generator = transformers.pipeline("text-generation", model=str(bundled_model()))
+    generator = transformers.pipeline("text-generation", model=WORD_PROBLEMS)
     assert type(generator.model) is nemotron_h.NemotronHForCausalLM
     out = generator("Tom has 3 apples.", max_new_tokens=4, do_sample=False, return_full_text=False)
     assert isinstance(out[0]["generated_text"], str)
