@@ -1,0 +1,73 @@
+"""The README keeps its word: its Python runs, its commands work, its make targets, paths and figures are there.
+
+A block is left out only under a comment that says why: `<!-- not run: reason -->`.
+"""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from nemotron_h.bundled import figures
+from nemotron_h.cli import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCE = re.compile(r"^(?:<!-- not run: (?P<reason>.+?) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
+
+
+def blocks(language: str) -> list[str]:
+    return [m["code"] for m in FENCE.finditer(README) if m["language"] == language and not m["reason"]]
+
+
+def commands(program: str) -> list[str]:
+    return [line for block in blocks("bash") for line in block.splitlines() if line.startswith(program + " ")]
+
+
+def named(code: str) -> str:
+    return next(line for line in reversed(code.splitlines()) if line.strip())[:40]
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=named)
+def test_python(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("command", commands("nemotron-h"))
+def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    result = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert result.exit_code == 0, result.output
+
+
+def test_info_as_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "200")
+    (command,) = (command for command in commands("nemotron-h") if "Nano-9B" in command)
+    printed = CliRunner().invoke(app, shlex.split(command)[1:]).stdout.splitlines()
+    (shown,) = blocks("text")
+    assert [line for line in shown.splitlines() if line not in printed] == []
+
+
+def test_make_targets() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = {command.split()[1] for command in commands("make")}
+    assert targets >= {"demo", "test", "quality", "bench", "format"}
+    assert {target for target in targets if not re.search(rf"^{target}:", makefile, re.M)} == set()
+
+
+def test_paths() -> None:
+    named = re.findall(r"`((?:\w[\w.-]*/)+[\w.-]+\.\w+)`", README)
+    assert named
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_figures_of_the_bundled_model() -> None:
+    section = README.split("<!-- figures -->")[1].split("<!-- /figures -->")[0]
+    for split in ("held_out", "unseen"):
+        for mode in ("think", "no_think"):
+            assert f"{figures()[split][mode]['accuracy']:.1%}" in section
