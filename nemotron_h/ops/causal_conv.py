@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import backends
 from .documents import document_index
 from .precision import compute_dtype
 
@@ -73,7 +74,15 @@ def causal_conv(
 
     seen_BEC = torch.cat([window_BWC, x_BLC], dim=1)
     doc_BE = None if doc_BL is None else torch.cat([doc_BL[:, :1].expand(-1, width), doc_BL], dim=1)
-    y_BLC = _taps(seen_BEC, weight_CK, bias_C, act, doc_BE)
+    kernel = None
+    if backends.serves(x_BLC):
+        kernel = backends.kernel_for(
+            "causal_conv", x_BLC, kernel_size=width + 1, channels=channels, activation=activation
+        )
+    if kernel is not None:
+        y_BLC = kernel(seen_BEC, weight_CK, bias_C, activation, doc_BE)
+    else:
+        y_BLC = _taps(seen_BEC, weight_CK, bias_C, act, doc_BE)
 
     if mask_BL is None:
         new_BWC = seen_BEC[:, length:]
@@ -85,8 +94,8 @@ def causal_conv(
         new_BWC = _take(seen_BEC, recent_BW)
         new_doc_BW = None if doc_BE is None else doc_BE.gather(1, recent_BW)
         last_doc_B1 = None if doc_BE is None else doc_BE.gather(1, (count_B1 + width - 1).clamp(min=0))
-    if new_doc_BW is not None:
-        new_BWC = new_BWC.masked_fill((new_doc_BW != last_doc_B1)[..., None], 0)
+    if new_doc_BW is not None and last_doc_B1 is not None:
+        new_BWC = new_BWC.masked_fill(new_doc_BW.ne(last_doc_B1)[..., None], 0)
     # A copy, not a view: a view would keep the whole sequence alive in the cache.
     return y_BLC, new_BWC.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
@@ -129,8 +138,8 @@ def _taps(
         total: Tensor | None = bias
         for k in range(kernel):
             tap_BQC = block_BEC[:, k : k + stop - start]
-            if doc_BE is not None and k < kernel - 1:
-                tap_BQC = tap_BQC.masked_fill((doc_BE[:, start + k : stop + k] != doc_BQ)[..., None], 0)
+            if doc_BE is not None and doc_BQ is not None and k < kernel - 1:
+                tap_BQC = tap_BQC.masked_fill(doc_BE[:, start + k : stop + k].ne(doc_BQ)[..., None], 0)
             total = tap_BQC * weight_KC[k] if total is None else torch.addcmul(total, tap_BQC, weight_KC[k])
         assert total is not None
         return (total if act is None else act(total)).to(seen_BEC.dtype)

@@ -14,7 +14,7 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Under `torch.autocast` a float32 matmul is silently a bfloat16 one, which the state of a Mamba layer cannot bear."""
+    """Under `torch.autocast` a float32 matmul is silently a bfloat16 one, which the SSM state cannot bear."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -8,10 +8,13 @@ chunk. Head h reads B and C of group h // R.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import backends
 from .documents import document_index
 from .precision import compute_dtype, without_autocast
 
@@ -73,110 +76,262 @@ def ssd(
     Returns: y (B, L, H, P) in x's dtype, and the state after the last position (B, H, P, N), the last document's own,
         in the computing dtype.
     """
-    dtype = compute_dtype(x_BLHP, dt_BLH, A_H)
-    batch, length, heads, head_dim = x_BLHP.shape
-    state_BHPN = (
-        torch.zeros(batch, heads, head_dim, B_BLGN.shape[-1], dtype=dtype, device=x_BLHP.device)
-        if initial_state_BHPN is None
-        else initial_state_BHPN.to(dtype)
-    )
-    A_H, D_H = A_H.to(dtype), D_H.to(dtype)
-    doc_BL = None if seq_idx_BL is None else document_index(seq_idx_BL)
-    y_chunks = []
-    with without_autocast(x_BLHP.device):
-        for start in range(0, length, chunk_size):
-            here = slice(start, min(start + chunk_size, length))
-            doc_BQ = None if doc_BL is None else doc_BL[:, here]
-            carried_B1 = None if doc_BL is None else doc_BL[:, max(start - 1, 0), None]
-            y_BQHP, state_BHPN = _chunk(
-                x_BLHP[:, here].to(dtype),
-                dt_BLH[:, here].to(dtype),
+    if backends.serves(x_BLHP):
+        kernel = backends.kernel_for(
+            "ssd", x_BLHP, initial_state=initial_state_BHPN is not None, packed=seq_idx_BL is not None
+        )
+        if kernel is not None:
+            return kernel(
+                x_BLHP,
+                dt_BLH,
                 A_H,
-                B_BLGN[:, here].to(dtype),
-                C_BLGN[:, here].to(dtype),
+                B_BLGN,
+                C_BLGN,
                 D_H,
-                state_BHPN,
-                doc_BQ,
-                carried_B1,
+                initial_state_BHPN=initial_state_BHPN,
+                seq_idx_BL=seq_idx_BL,
             )
-            y_chunks.append(y_BQHP.to(x_BLHP.dtype))
-    return torch.cat(y_chunks, dim=1), state_BHPN
+    dtype = compute_dtype(x_BLHP, dt_BLH, A_H)
+    batch, _, heads, head_dim = x_BLHP.shape
+    if initial_state_BHPN is None:
+        state_BHPN = torch.zeros(batch, heads, head_dim, B_BLGN.shape[-1], dtype=dtype, device=x_BLHP.device)
+    else:
+        state_BHPN = initial_state_BHPN.to(dtype)
+    doc_BL = None if seq_idx_BL is None else document_index(seq_idx_BL)
+    inputs = (x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, state_BHPN)
+    with without_autocast(x_BLHP.device):
+        wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+        if wants_gradient and not torch.compiler.is_compiling():
+            return _Scan.apply(*inputs, doc_BL, chunk_size)
+        # Traced, the same walk is differentiated by the tracer, which decides for itself what to recompute.
+        return _walk(*inputs, doc_BL, chunk_size)
+
+
+def _walk(
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    A_H: Tensor,
+    B_BLGN: Tensor,
+    C_BLGN: Tensor,
+    D_H: Tensor,
+    state_BHPN: Tensor,
+    doc_BL: Tensor | None,
+    chunk_size: int,
+    entered: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Chunk after chunk; the state that enters each one is appended to `entered`."""
+    dtype = state_BHPN.dtype
+    A_H, D_H = A_H.to(dtype), D_H.to(dtype)
+    y_BLHP = x_BLHP.new_empty(x_BLHP.shape)
+    for start in range(0, x_BLHP.shape[1], chunk_size):
+        if entered is not None:
+            entered.append(state_BHPN)
+        here = slice(start, min(start + chunk_size, x_BLHP.shape[1]))
+        x_BQHP, dt_BQH, B_XQN, C_XQN = _cut(x_BLHP, dt_BLH, B_BLGN, C_BLGN, here, dtype)
+        decay = _decay(dt_BQH, A_H, doc_BL, here)
+        y_BLHP[:, here], state_BHPN = _chunk(x_BQHP, dt_BQH, B_XQN, C_XQN, D_H, state_BHPN, decay)
+    return y_BLHP, state_BHPN
+
+
+class _Scan(torch.autograd.Function):
+    """The walk with a backward that walks the chunks again from the end, and so holds one chunk's decay at a time.
+
+    Kept for it: the inputs and the state that entered each chunk, nothing else.
+    """
+
+    @staticmethod
+    def forward(ctx, x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, state_BHPN, doc_BL, chunk_size):  # type: ignore[no-untyped-def, override]
+        entered: list[Tensor] = []
+        results = _walk(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, state_BHPN, doc_BL, chunk_size, entered)
+        ctx.save_for_backward(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, doc_BL, *entered)
+        ctx.chunk_size = chunk_size
+        return results
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy_BLHP, dstate_BHPN):  # type: ignore[no-untyped-def, override]
+        x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, doc_BL, *entered = ctx.saved_tensors
+        dtype = dstate_BHPN.dtype
+        A, D = A_H.to(dtype), D_H.to(dtype)
+        dx_BLHP, ddt_BLH = torch.empty_like(x_BLHP), torch.empty_like(dt_BLH)
+        dB_BLGN, dC_BLGN = torch.empty_like(B_BLGN), torch.empty_like(C_BLGN)
+        dA_H, dD_H = torch.zeros_like(A), torch.zeros_like(D)
+        with without_autocast(x_BLHP.device):
+            for index in reversed(range(len(entered))):
+                start = index * ctx.chunk_size
+                here = slice(start, min(start + ctx.chunk_size, x_BLHP.shape[1]))
+                x_BQHP, dt_BQH, B_XQN, C_XQN = _cut(x_BLHP, dt_BLH, B_BLGN, C_BLGN, here, dtype)
+                decay = _decay(dt_BQH, A, doc_BL, here)
+                dx, ddt, da_BHQ, dB_XQN, dC_XQN, dstate_BHPN = _chunk_backward(
+                    x_BQHP, dt_BQH, B_XQN, C_XQN, D, entered[index], decay, dy_BLHP[:, here].to(dtype), dstate_BHPN
+                )
+                dA_H += (da_BHQ * dt_BQH.transpose(1, 2)).sum((0, 2))
+                dD_H += (dy_BLHP[:, here].to(dtype) * x_BQHP).sum((0, 1, 3))
+                dx_BLHP[:, here] = dx
+                ddt_BLH[:, here] = ddt + da_BHQ.transpose(1, 2) * A
+                batch, chunk, groups, _ = B_BLGN[:, here].shape
+                dB_BLGN[:, here] = dB_XQN.view(batch, groups, chunk, -1).transpose(1, 2)
+                dC_BLGN[:, here] = dC_XQN.view(batch, groups, chunk, -1).transpose(1, 2)
+        return dx_BLHP, ddt_BLH, dA_H.to(A_H.dtype), dB_BLGN, dC_BLGN, dD_H.to(D_H.dtype), dstate_BHPN, None, None
+
+
+def _cut(
+    x_BLHP: Tensor, dt_BLH: Tensor, B_BLGN: Tensor, C_BLGN: Tensor, here: slice, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One chunk of the inputs in the computing dtype; B and C with batch and group as one dimension X, for bmm."""
+    B_XQN, C_XQN = (t[:, here].to(dtype).transpose(1, 2).flatten(0, 1) for t in (B_BLGN, C_BLGN))
+    return x_BLHP[:, here].to(dtype), dt_BLH[:, here].to(dtype), B_XQN, C_XQN
+
+
+class _Decay(NamedTuple):
+    """What time does to the state inside one chunk.
+
+    The running sum of a = dt A is kept as two numbers, rounded (`sum`) and what the rounding took away (`low`): the
+    exponent between two positions is a difference of running sums, and in float32 alone a stretch of strong decay (a
+    sum of some thousands) costs every later pair in the chunk its last digits (1e-3 of the weight).
+    """
+
+    sum_BHQ: Tensor
+    low_BHQ: Tensor
+    seen_BHQ: Tensor  # how much of the incoming state each position sees
+    kept_BHQ: Tensor  # how much of each position the outgoing state keeps
+    passed_BH: Tensor  # how much of the incoming state the outgoing one keeps
+    visible_BGQQ: Tensor  # 1 where a position (row) may see another (column); broadcasts over B and G
+
+
+def _decay(dt_BQH: Tensor, A_H: Tensor, doc_BL: Tensor | None, here: slice) -> _Decay:
+    a_BHQ = (dt_BQH * A_H).transpose(1, 2)
+    if a_BHQ.dtype == torch.float64 or a_BHQ.device.type == "mps":  # MPS has no float64
+        sum_BHQ = a_BHQ.cumsum(-1)
+        low_BHQ = torch.zeros_like(sum_BHQ)
+    else:
+        exact_BHQ = a_BHQ.double().cumsum(-1)
+        sum_BHQ = exact_BHQ.to(a_BHQ.dtype)
+        # The remainder counts as a constant: all of the gradient goes through the rounded sum, once.
+        low_BHQ = (exact_BHQ - sum_BHQ).to(a_BHQ.dtype).detach()
+    seen_BHQ = torch.exp(sum_BHQ + low_BHQ)
+    kept_BHQ = torch.exp((sum_BHQ[..., -1:] - sum_BHQ) + (low_BHQ[..., -1:] - low_BHQ))
+    passed_BH = seen_BHQ[..., -1]
+    chunk = dt_BQH.shape[1]
+    visible_BGQQ = torch.ones(1, 1, chunk, chunk, dtype=a_BHQ.dtype, device=a_BHQ.device).tril()
+    if doc_BL is not None:
+        doc_BQ = doc_BL[:, here]
+        carried_B1, last_B1 = doc_BL[:, max(here.start - 1, 0), None], doc_BQ[:, -1:]
+        seen_BHQ = seen_BHQ * doc_BQ.eq(carried_B1)[:, None]
+        kept_BHQ = kept_BHQ * doc_BQ.eq(last_B1)[:, None]
+        passed_BH = passed_BH * last_B1.eq(carried_B1)
+        visible_BGQQ = visible_BGQQ * doc_BQ[:, None, :, None].eq(doc_BQ[:, None, None, :])
+    return _Decay(sum_BHQ, low_BHQ, seen_BHQ, kept_BHQ, passed_BH, visible_BGQQ)
+
+
+def _mixing(B_XQN: Tensor, C_XQN: Tensor, decay: _Decay) -> tuple[Tensor, Tensor]:
+    """The chunk as a masked attention: scores once per group (B, G, Q, Q), decay per head (B, G, R, Q, Q).
+
+    Above the diagonal the difference of sums is positive and its exponential may overflow; clamped at 0 it is 1 there,
+    finite forward and backward, and the scores are 0.
+    """
+    batch, heads, chunk = decay.sum_BHQ.shape
+    groups = B_XQN.shape[0] // batch
+    scores_BGQQ = torch.bmm(C_XQN, B_XQN.mT).view(batch, groups, chunk, chunk) * decay.visible_BGQQ
+    between_BHQQ = torch.exp((decay.sum_BHQ[..., :, None] - decay.sum_BHQ[..., None, :]).clamp(max=0))
+    return scores_BGQQ, between_BHQQ.view(batch, groups, heads // groups, chunk, chunk)
+
+
+def _by_head(t_BQHP: Tensor) -> Tensor:
+    """(B H, Q, P)."""
+    return t_BQHP.transpose(1, 2).flatten(0, 1)
+
+
+def _by_group(t_BQHP: Tensor, groups: int) -> Tensor:
+    """(B G, Q, R P): the heads of a group side by side, as wide matrices."""
+    return t_BQHP.unflatten(2, (groups, -1)).flatten(3).transpose(1, 2).flatten(0, 1)
+
+
+def _from_groups(t_XQS: Tensor, batch: int, head_dim: int) -> Tensor:
+    """(B G, Q, R P) back to (B, Q, H, P)."""
+    return t_XQS.unflatten(0, (batch, -1)).unflatten(-1, (-1, head_dim)).transpose(1, 2).flatten(2, 3)
+
+
+def _column(t_BHQ: Tensor) -> Tensor:
+    """(B, Q, H, 1), to scale a (B, Q, H, P)."""
+    return t_BHQ.transpose(1, 2)[..., None]
 
 
 def _chunk(
+    x_BQHP: Tensor, dt_BQH: Tensor, B_XQN: Tensor, C_XQN: Tensor, D_H: Tensor, state_BHPN: Tensor, decay: _Decay
+) -> tuple[Tensor, Tensor]:
+    """One chunk: what its positions give each other, what the state before it gives them, and the state after it."""
+    batch, chunk, heads, head_dim = x_BQHP.shape
+    groups = B_XQN.shape[0] // batch
+    dt_BHQ = dt_BQH.transpose(1, 2)
+    scores_BGQQ, between_BGRQQ = _mixing(B_XQN, C_XQN, decay)
+    mix_ZQQ = (between_BGRQQ * scores_BGQQ[:, :, None]).view(batch * heads, chunk, chunk)
+    inside = torch.bmm(mix_ZQQ, _by_head(x_BQHP * _column(dt_BHQ * torch.exp(-decay.low_BHQ))))
+    inside_BQHP = inside.view(batch, heads, chunk, head_dim).transpose(1, 2)
+    state_XSN = state_BHPN.reshape(batch * groups, -1, state_BHPN.shape[-1])
+    before_BQHP = _from_groups(torch.bmm(C_XQN, state_XSN.mT), batch, head_dim)
+    y_BQHP = x_BQHP * D_H[:, None] + inside_BQHP * _column(torch.exp(decay.low_BHQ))
+    y_BQHP = torch.addcmul(y_BQHP, before_BQHP, _column(decay.seen_BHQ))
+
+    added_XQS = _by_group(x_BQHP * _column(dt_BHQ * decay.kept_BHQ), groups)
+    added_BHPN = torch.bmm(added_XQS.mT, B_XQN).view(state_BHPN.shape)
+    return y_BQHP, torch.addcmul(added_BHPN, state_BHPN, decay.passed_BH[..., None, None])
+
+
+def _chunk_backward(
     x_BQHP: Tensor,
     dt_BQH: Tensor,
-    A_H: Tensor,
-    B_BQGN: Tensor,
-    C_BQGN: Tensor,
+    B_XQN: Tensor,
+    C_XQN: Tensor,
     D_H: Tensor,
     state_BHPN: Tensor,
-    doc_BQ: Tensor | None,
-    carried_B1: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """One chunk: what its positions give each other, what the state before it gives them, and the state after it.
-
-    `carried_B1` is the document that the incoming state belongs to.
-    """
+    decay: _Decay,
+    dy_BQHP: Tensor,
+    dstate_BHPN: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `_chunk` by x, dt (but for dt A), a = dt A, B, C and the incoming state."""
     batch, chunk, heads, head_dim = x_BQHP.shape
-    groups, state_size = B_BQGN.shape[2:]
-    per_group = heads // groups
-
-    sum_BHQ, low_BHQ = _running_decay(dt_BQH * A_H)
-    total_BH1 = sum_BHQ[..., -1:]
-    # How much of the incoming state each position sees, and how much of each position the outgoing state keeps.
-    seen_BHQ = torch.exp(sum_BHQ + low_BHQ)
-    kept_BHQ = torch.exp((total_BH1 - sum_BHQ) + (low_BHQ[..., -1:] - low_BHQ))
-    passed_BH = seen_BHQ[..., -1]
-    causal_QQ = torch.ones(chunk, chunk, dtype=x_BQHP.dtype, device=x_BQHP.device).tril()
-    if doc_BQ is not None and carried_B1 is not None:
-        last_B1 = doc_BQ[:, -1:]
-        seen_BHQ = seen_BHQ * (doc_BQ == carried_B1)[:, None]
-        kept_BHQ = kept_BHQ * (doc_BQ == last_B1)[:, None]
-        passed_BH = passed_BH * (last_B1 == carried_B1)
-        causal_QQ = (causal_QQ * (doc_BQ[:, :, None] == doc_BQ[:, None, :]))[:, None]
-
-    # Scores once per group, decay per head. Above the diagonal the difference of sums is positive and its exponential
-    # may overflow; clamped at 0 it is 1 there, finite forward and backward, and the scores are 0.
-    C_XQN = C_BQGN.transpose(1, 2).reshape(batch * groups, chunk, state_size)
-    B_XQN = B_BQGN.transpose(1, 2).reshape(batch * groups, chunk, state_size)
-    scores_BGQQ = torch.bmm(C_XQN, B_XQN.mT).view(batch, groups, chunk, chunk) * causal_QQ
-    decay_BHQQ = torch.exp((sum_BHQ[..., :, None] - sum_BHQ[..., None, :]).clamp(max=0))
-    mix_BGRQQ = decay_BHQQ.view(batch, groups, per_group, chunk, chunk) * scores_BGQQ[:, :, None]
-
+    groups = B_XQN.shape[0] // batch
     dt_BHQ = dt_BQH.transpose(1, 2)
-    column_BQH1 = (dt_BHQ * torch.exp(-low_BHQ)).transpose(1, 2)[..., None]
-    row_BQH1 = torch.exp(low_BHQ).transpose(1, 2)[..., None]
-    inside = torch.bmm(
-        mix_BGRQQ.reshape(batch * heads, chunk, chunk),
-        (x_BQHP * column_BQH1).transpose(1, 2).reshape(batch * heads, chunk, head_dim),
-    )
-    inside_BQHP = inside.view(batch, heads, chunk, head_dim).transpose(1, 2)
-    before = torch.bmm(C_XQN, state_BHPN.reshape(batch * groups, per_group * head_dim, state_size).mT)
-    before_BQHP = before.view(batch, groups, chunk, per_group, head_dim).transpose(1, 2).flatten(2, 3)
-    y_BQHP = inside_BQHP * row_BQH1 + before_BQHP * seen_BHQ.transpose(1, 2)[..., None] + x_BQHP * D_H[:, None]
+    state_XSN, dstate_XSN = (t.reshape(batch * groups, -1, t.shape[-1]) for t in (state_BHPN, dstate_BHPN))
 
-    added_BQHP = x_BQHP * (dt_BHQ * kept_BHQ).transpose(1, 2)[..., None]
-    added_XSQ = added_BQHP.reshape(batch, chunk, groups, per_group * head_dim).permute(0, 2, 3, 1).flatten(0, 1)
-    new_state = torch.bmm(added_XSQ, B_XQN).view(batch, heads, head_dim, state_size)
-    return y_BQHP, state_BHPN * passed_BH[..., None, None] + new_state
+    # y = mix (x dt) inside the chunk
+    scores_BGQQ, between_BGRQQ = _mixing(B_XQN, C_XQN, decay)
+    mix_BGRQQ = between_BGRQQ * scores_BGQQ[:, :, None]
+    into_BHQ, out_of_BHQ = torch.exp(decay.low_BHQ), dt_BHQ * torch.exp(-decay.low_BHQ)
+    dy_ZQP = _by_head(dy_BQHP * _column(into_BHQ))
+    dmix_BGRQQ = torch.bmm(dy_ZQP, _by_head(x_BQHP * _column(out_of_BHQ)).mT).view(mix_BGRQQ.shape)
+    dinput_ZQP = torch.bmm(mix_BGRQQ.view(batch * heads, chunk, chunk).mT, dy_ZQP)
+    dinput_BQHP = dinput_ZQP.view(batch, heads, chunk, head_dim).transpose(1, 2)
+    dscores_XQQ = ((dmix_BGRQQ * between_BGRQQ).sum(2) * decay.visible_BGQQ).flatten(0, 1)
+    dC_XQN, dB_XQN = torch.bmm(dscores_XQQ, B_XQN), torch.bmm(dscores_XQQ.mT, C_XQN)
 
+    # y += seen (C state)
+    dbefore_XQS = _by_group(dy_BQHP * _column(decay.seen_BHQ), groups)
+    dC_XQN += torch.bmm(dbefore_XQS, state_XSN)
+    dstate_in_XSN = torch.bmm(dbefore_XQS.mT, C_XQN)
+    before_XQS = torch.bmm(C_XQN, state_XSN.mT)
+    saw_BHQ = _from_groups(dbefore_XQS * before_XQS, batch, head_dim).sum(-1).transpose(1, 2)
 
-def _running_decay(a_BQH: Tensor) -> tuple[Tensor, Tensor]:
-    """The running sum of a = dt A over the chunk as two numbers, (B, H, Q) each: rounded, and what rounding took away.
+    # new state = passed state + (x dt kept)^T B
+    dadded_BQHP = _from_groups(torch.bmm(B_XQN, dstate_XSN.mT), batch, head_dim)
+    added_XQS = _by_group(x_BQHP * _column(dt_BHQ * decay.kept_BHQ), groups)
+    dB_XQN += torch.bmm(added_XQS, dstate_XSN)
+    dstate_in_BHPN = torch.addcmul(dstate_in_XSN.view(state_BHPN.shape), dstate_BHPN, decay.passed_BH[..., None, None])
+    dkept_BHQ = (dadded_BQHP * x_BQHP).sum(-1).transpose(1, 2) * decay.kept_BHQ
+    passed_BH1 = ((state_BHPN * dstate_BHPN).sum((2, 3)) * decay.passed_BH)[..., None]
 
-    The exponent between two positions is a difference of running sums. In float32 alone a stretch of strong decay (a
-    sum of some thousands) costs every later pair in the chunk its last digits (1e-3 of the weight), so the sum runs in
-    float64.
-    """
-    a_BHQ = a_BQH.transpose(1, 2)
-    if a_BHQ.dtype == torch.float64 or a_BHQ.device.type == "mps":  # MPS has no float64
-        sum_BHQ = a_BHQ.cumsum(-1)
-        return sum_BHQ, torch.zeros_like(sum_BHQ)
-    exact_BHQ = a_BHQ.double().cumsum(-1)
-    sum_BHQ = exact_BHQ.to(a_BHQ.dtype)
-    # The remainder counts as a constant: all of the gradient goes through the rounded sum, once.
-    return sum_BHQ, (exact_BHQ - sum_BHQ).to(a_BHQ.dtype).detach()
+    # a at position k counts for every pair it lies between: i >= k > j.
+    pairs_BHQQ = (dmix_BGRQQ * mix_BGRQQ).view(batch, heads, chunk, chunk)
+    rise_BHQ = pairs_BHQQ.sum(-1) - pairs_BHQQ.sum(-2) + saw_BHQ
+    da_BHQ = rise_BHQ.flip(-1).cumsum(-1).flip(-1) + passed_BH1
+    stays_BHQ = dt_BHQ * dkept_BHQ
+    da_BHQ = da_BHQ + stays_BHQ.cumsum(-1) - stays_BHQ
+
+    dx_BQHP = dy_BQHP * D_H[:, None] + dinput_BQHP * _column(out_of_BHQ)
+    dx_BQHP = torch.addcmul(dx_BQHP, dadded_BQHP, _column(dt_BHQ * decay.kept_BHQ))
+    ddt_BHQ = (dinput_BQHP * x_BQHP).sum(-1).transpose(1, 2) * torch.exp(-decay.low_BHQ) + dkept_BHQ
+    return dx_BQHP, ddt_BHQ.transpose(1, 2), da_BHQ, dB_XQN, dC_XQN, dstate_in_BHPN
 
 
 def ssd_step(
@@ -186,6 +341,11 @@ def ssd_step(
 
     Out of place. Computes in float32 (float64 if x, dt, A or the state is float64); the state may be held in less.
     """
+    if backends.serves(x_BHP):
+        gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x_BHP, dt_BH, A_H, state_BHPN))
+        kernel = backends.kernel_for("ssd_step", x_BHP, gradient=gradient)
+        if kernel is not None:
+            return kernel(x_BHP, dt_BH, A_H, B_BGN, C_BGN, D_H, state_BHPN)
     dtype = compute_dtype(x_BHP, dt_BH, A_H, state_BHPN)
     batch, heads, head_dim = x_BHP.shape
     groups, state_size = B_BGN.shape[1:]

@@ -1,0 +1,263 @@
+"""Which implementation an op takes on a device, and why. The only place that looks for mamba-ssm and causal-conv1d.
+
+The torch implementations serve every device and dtype. On CUDA the packages' kernels take over where they are installed
+and compute the same: never for float64, never for a float32 scan (theirs multiplies in TF32), never while torch.compile
+traces. They are looked for at the first use on a CUDA tensor, not at import. `NEMOTRON_H_KERNELS=0` keeps to torch.
+
+The adapters below turn our argument conventions into the packages'. They were tested against stand-ins with the
+packages' signatures, on a CPU; they have not been run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .documents import document_index
+
+logger = logging.getLogger("nemotron_h")
+
+KERNEL_DEVICES = ("cuda",)
+ENVIRONMENT_VARIABLE = "NEMOTRON_H_KERNELS"
+INSTALL = "pip install --no-build-isolation 'nemotron-h[kernels]'"
+
+# mamba-ssm wants a power of two; 256 is what the published configs train with on a GPU.
+_KERNEL_CHUNK_SIZE = 256
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What an op runs: `fn` is the kernel behind our own signature, None for the torch implementation."""
+
+    name: str
+    fn: Callable[..., Any] | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """Where a kernel is found, the arguments it must take, its adapter, and what it is right for."""
+
+    package: str
+    module: str
+    function: str
+    arguments: tuple[str, ...]
+    adapter: Callable[..., Any]
+    dtypes: tuple[torch.dtype, ...]
+
+
+def serves(x: Tensor) -> bool:
+    """Whether a kernel is worth asking for at all. The whole cost of this file on a CPU."""
+    return x.device.type in KERNEL_DEVICES
+
+
+def which(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    initial_state: bool = False,
+    packed: bool = False,
+    gradient: bool = False,
+    kernel_size: int = 4,
+    channels: int = 8,
+    activation: Any = "silu",
+) -> Choice:
+    """The implementation of `op` for tensors of this device and dtype, with the reason in words.
+
+    Args:
+        op: "ssd", "ssd_step" or "causal_conv".
+        initial_state: ssd goes on from a given state.
+        packed: ssd keeps documents apart by seq_idx.
+        gradient: a gradient is wanted.
+        kernel_size, channels, activation: causal_conv's.
+    """
+    kernel = _KERNELS[op]
+    if device.type not in KERNEL_DEVICES:
+        return Choice("torch", None, f"{kernel.package} has no kernel for {device.type}")
+    if os.environ.get(ENVIRONMENT_VARIABLE, "auto").lower() in ("0", "off", "false", "no"):
+        return Choice("torch", None, f"{ENVIRONMENT_VARIABLE}={os.environ[ENVIRONMENT_VARIABLE]}")
+    if dtype not in kernel.dtypes:
+        return Choice("torch", None, f"{kernel.package}'s kernel is not exact in {str(dtype).removeprefix('torch.')}")
+    if op == "ssd" and initial_state and packed:
+        return Choice("torch", None, "an initial state together with packed documents is only sure in torch")
+    if op == "ssd_step" and gradient:
+        return Choice("torch", None, f"{kernel.package}'s one-token kernel has no backward")
+    if op == "causal_conv" and not (2 <= kernel_size <= 4 and channels % 8 == 0):
+        return Choice(
+            "torch",
+            None,
+            f"causal-conv1d takes kernels of 2 to 4 and channels in eights, not {kernel_size} and {channels}",
+        )
+    if op == "causal_conv" and activation not in (None, "silu", "swish"):
+        return Choice("torch", None, f"causal-conv1d has no activation {activation!r}")
+    function, problem = _find(op)
+    if function is None:
+        _say_once(kernel.package, problem)
+        return Choice("torch", None, problem)
+    return Choice(kernel.package, functools.partial(kernel.adapter, function), f"{kernel.package} is installed")
+
+
+def kernel_for(op: str, x: Tensor, **features: Any) -> Callable[..., Any] | None:
+    """`which(...).fn` for a tensor that `serves` accepted; None, so torch, while torch.compile traces."""
+    if torch.compiler.is_compiling():
+        return None
+    return which(op, x.device, x.dtype, **features).fn
+
+
+def report(device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16) -> list[tuple[str, str, str]]:
+    """(op, implementation, reason) for every op with a choice, on the GPU if there is one and no device is named."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    choices = {op: which(op, torch.device(device), dtype) for op in _KERNELS}
+    return [(op, choice.name, choice.reason) for op, choice in choices.items()]
+
+
+@functools.cache
+def _find(op: str) -> tuple[Callable[..., Any] | None, str]:
+    """The package's function, or None and what is wrong with the package and what helps. Looked up once a process."""
+    kernel = _KERNELS[op]
+    slower = f"{op} runs in torch on this GPU: the same numbers, slower"
+    silence = f"{ENVIRONMENT_VARIABLE}=0 keeps to torch without this message"
+    try:
+        function = getattr(importlib.import_module(kernel.module), kernel.function)
+        parameters = inspect.signature(function).parameters
+    except ModuleNotFoundError as error:
+        if error.name and kernel.module.split(".")[0] == error.name.split(".")[0]:
+            return None, f"{kernel.package} is not installed, so {slower}. {INSTALL}; {silence}."
+        return None, f"{kernel.package} cannot be imported ({error}), so {slower}. {INSTALL}; {silence}."
+    except (
+        Exception
+    ) as error:  # a build for another torch or CUDA fails in many ways: ImportError, OSError, RuntimeError
+        words = " ".join(str(error).split())[:200]
+        return None, (
+            f"{kernel.package} cannot be imported ({type(error).__name__}: {words}), so {slower}. Rebuild it for torch "
+            f"{torch.__version__}: {INSTALL} --force-reinstall --no-deps; {silence}."
+        )
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    missing = [] if takes_any else [name for name in kernel.arguments if name not in parameters]
+    if missing:
+        return None, (
+            f"{kernel.module}.{kernel.function} does not take {', '.join(missing)} (needed: mamba-ssm 2.2 or "
+            f"causal-conv1d 1.4, or later), so {slower}. {INSTALL} --upgrade; {silence}."
+        )
+    return function, ""
+
+
+@functools.cache
+def _say_once(package: str, problem: str) -> None:
+    logger.warning(problem)
+
+
+def _ssd(
+    mamba_chunk_scan_combined: Callable[..., Any],
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    A_H: Tensor,
+    B_BLGN: Tensor,
+    C_BLGN: Tensor,
+    D_H: Tensor,
+    *,
+    initial_state_BHPN: Tensor | None = None,
+    seq_idx_BL: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    y_BLHP, state_BHPN = mamba_chunk_scan_combined(
+        x_BLHP,
+        dt_BLH.float(),
+        A_H.float(),
+        B_BLGN.to(x_BLHP.dtype),
+        C_BLGN.to(x_BLHP.dtype),
+        chunk_size=_KERNEL_CHUNK_SIZE,
+        D=D_H.float(),
+        initial_states=None if initial_state_BHPN is None else initial_state_BHPN.float(),
+        # The kernel compares neighbours and the values need only differ; it takes 0 for what precedes position 0.
+        seq_idx=None if seq_idx_BL is None else document_index(seq_idx_BL).int(),
+        dt_softplus=False,
+        return_final_states=True,
+    )
+    return y_BLHP, state_BHPN.float()
+
+
+def _ssd_step(
+    selective_state_update: Callable[..., Any],
+    x_BHP: Tensor,
+    dt_BH: Tensor,
+    A_H: Tensor,
+    B_BGN: Tensor,
+    C_BGN: Tensor,
+    D_H: Tensor,
+    state_BHPN: Tensor,
+) -> tuple[Tensor, Tensor]:
+    heads, head_dim, state_size = state_BHPN.shape[1:]
+    new_state_BHPN = state_BHPN.to(torch.float32, copy=True)  # the kernel writes into what it is given
+    y_BHP = selective_state_update(
+        new_state_BHPN,
+        x_BHP,
+        # Expanded, never copied: stride 0 is how the kernel knows that dt, A and D are one number per head.
+        dt_BH.float()[..., None].expand(-1, -1, head_dim),
+        A_H.float()[:, None, None].expand(heads, head_dim, state_size),
+        B_BGN,
+        C_BGN,
+        D=D_H.float()[:, None].expand(heads, head_dim),
+        dt_softplus=False,
+    )
+    return y_BHP, new_state_BHPN
+
+
+def _taps(
+    causal_conv1d_fn: Callable[..., Any],
+    seen_BEC: Tensor,
+    weight_CK: Tensor,
+    bias_C: Tensor | None,
+    activation: str | None,
+    doc_BE: Tensor | None,
+) -> Tensor:
+    # The window stands in front of the inputs and its own outputs are dropped: so one call serves with and without a
+    # window, and with documents, which the kernel cannot combine with its own `initial_states`.
+    y_BCE = causal_conv1d_fn(
+        seen_BEC.transpose(1, 2),
+        weight_CK,
+        bias=bias_C,
+        seq_idx=None if doc_BE is None else doc_BE.int().contiguous(),
+        activation=activation,
+    )
+    return y_BCE[..., weight_CK.shape[1] - 1 :].transpose(1, 2)
+
+
+_HALF = (torch.float16, torch.bfloat16)
+
+_KERNELS = {
+    "ssd": _Kernel(
+        "mamba-ssm",
+        "mamba_ssm.ops.triton.ssd_combined",
+        "mamba_chunk_scan_combined",
+        ("chunk_size", "D", "initial_states", "seq_idx", "dt_softplus", "return_final_states"),
+        _ssd,
+        _HALF,
+    ),
+    "ssd_step": _Kernel(
+        "mamba-ssm",
+        "mamba_ssm.ops.triton.selective_state_update",
+        "selective_state_update",
+        ("D", "dt_softplus"),
+        _ssd_step,
+        (*_HALF, torch.float32),
+    ),
+    "causal_conv": _Kernel(
+        "causal-conv1d",
+        "causal_conv1d",
+        "causal_conv1d_fn",
+        ("bias", "seq_idx", "activation"),
+        _taps,
+        (*_HALF, torch.float32),
+    ),
+}
