@@ -493,8 +493,9 @@ class NemotronHConfig(PreTrainedConfig):
         """The config as a dictionary that old and new readers accept; this is what `save_pretrained` writes.
 
         That is: both forms of the layers, every name that some reader requires (llama.cpp, mlx-lm, vLLM, TensorRT-LLM,
-        NVIDIA's remote code, transformers) also at its default value, no MoE or MTP keys in a model without them, and
-        no infinity in any spelling.
+        transformers) also at its default value, no MoE or MTP keys in a model without them, and no infinity in any
+        spelling. Readers whose `layers_block_type` is a property without a setter (NVIDIA's remote code up to Nano 2,
+        vLLM's config class of that time) refuse any file with that key, hence this one; they take it without the key.
         """
         output = super().to_dict()
         for key in ("hybrid_override_pattern", "mtp_hybrid_override_pattern", "num_hidden_layers"):

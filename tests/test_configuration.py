@@ -138,6 +138,8 @@ def test_saved_file_has_what_each_reader_requires(name, tmp_path):
     assert len(written["hybrid_override_pattern"]) == written["num_hidden_layers"] == len(written["layers_block_type"])
     assert set(written["layers_block_type"]) <= {"mamba", "attention", "mlp", "moe"}
     assert layers_to_pattern(written["layers_block_type"]) == written["hybrid_override_pattern"]
+    # transformers before 5.20
+    assert written["layer_types"] == config.layer_types
     # llama.cpp takes a file with such keys for an MoE model
     assert bool(written.keys() & set(MOE_KEYS)) == config.has_moe
     assert bool(written.keys() & set(MTP_KEYS)) == config.has_mtp
@@ -265,6 +267,8 @@ def test_one_mlp_width_per_mlp_layer(tmp_path):
     assert NemotronHConfig.from_pretrained(tmp_path).mlp_intermediate_size(4) == 30
     with pytest.raises(ValueError, match=r"layer 1 of '-M-\*-' is no MLP"):
         config.mlp_intermediate_size(1)
+    with pytest.raises(ValueError, match=r"layer 5 of '-M-\*-' is no MLP"):
+        config.mlp_intermediate_size(5)
     assert NemotronHConfig(**TINY).mlp_intermediate_size(1) == 48
 
 
@@ -331,6 +335,14 @@ def test_infinity_in_every_spelling(infinity, low):
     assert "time_step_limit" not in config.to_dict()
 
 
+def test_infinity_assigned_later():
+    config = NemotronHConfig()
+    config.time_step_limit = [0, "Infinity"]
+    assert "time_step_limit" not in config.to_dict()
+    config.validate()
+    assert config.time_step_limit == INF
+
+
 def test_infinity_in_files(tmp_path):
     for spelling in ("Infinity", '{"__float__": "Infinity"}', '"inf"', "3.4028234663852886e+38", "1e999"):
         (tmp_path / "config.json").write_text(f'{{"model_type": "nemotron_h", "time_step_limit": [0.0, {spelling}]}}')
@@ -354,6 +366,9 @@ def test_two_names_of_mambas_bias(given, tmp_path):
     assert config.use_bias is config.mamba_proj_bias is True
     written = saved(config, tmp_path)
     assert written["use_bias"] is written["mamba_proj_bias"] is True
+    later = NemotronHConfig()
+    setattr(later, given, True)
+    assert later.to_dict()["use_bias"] is later.to_dict()["mamba_proj_bias"] is True
 
 
 @pytest.mark.parametrize(
@@ -370,6 +385,15 @@ def test_dtype(given, tmp_path):
     assert NemotronHConfig.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
     assert NemotronHConfig.from_pretrained(tmp_path, torch_dtype=torch.float32).dtype == torch.float32
     assert "torch_dtype" not in NemotronHConfig().to_dict()
+
+
+def test_torch_dtype_is_used_without_a_warning(monkeypatch):
+    warned: list[str] = []
+    monkeypatch.setattr("transformers.configuration_utils.logger.warning_once", warned.append)
+    config = NemotronHConfig(torch_dtype="bfloat16")
+    config.torch_dtype = config.torch_dtype
+    assert config.to_diff_dict()["torch_dtype"] == "bfloat16"
+    assert not warned
 
 
 def test_ssm_cache_dtype_may_be_a_torch_dtype(tmp_path):
@@ -394,6 +418,7 @@ ERRORS = [
         ["position 1", "'-'", "'*'", "give one"],
     ),
     ({"hybrid_override_pattern": "M-", "layers_block_type": ["mamba"]}, ["position 1", "'-'", "''", "give one"]),
+    ({"hybrid_override_pattern": "M-", "layer_types": ["mamba", "moe"]}, ["layer_types", "'-'", "'E'", "give one"]),
     (
         {"hybrid_override_pattern": "M-", "num_hidden_layers": 3},
         ["num_hidden_layers is 3", "has 2", "leave num_hidden_layers out"],
