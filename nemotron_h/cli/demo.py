@@ -104,7 +104,7 @@ def run(
     console.print(f"Peak {what}: {size(memory)}", highlight=False)
     if model is None:
         for line in _measured(figures()):
-            console.print(line, style="dim", highlight=False)
+            console.print(line, style="dim", highlight=False, soft_wrap=True)
 
 
 def _reasoning_shown(console: Console, chat: Any) -> Any:
