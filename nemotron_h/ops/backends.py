@@ -25,6 +25,7 @@ from torch import Tensor
 from .documents import document_index
 
 logger = logging.getLogger("nemotron_h")
+_said: set[str] = set()
 
 KERNEL_DEVICES = ("cuda",)
 ENVIRONMENT_VARIABLE = "NEMOTRON_H_KERNELS"
@@ -41,13 +42,15 @@ class Choice:
     name: str
     fn: Callable[..., Any] | None
     reason: str
+    faulty: bool = False  # a package is missing or wrong, which is worth saying
 
 
 @dataclass(frozen=True)
 class _Kernel:
-    """Where a kernel is found, the arguments it must take, its adapter, and what it is right for."""
+    """Where a kernel is found, what it does in words, the arguments it must take, its adapter and its exact dtypes."""
 
     package: str
+    work: str
     module: str
     function: str
     arguments: tuple[str, ...]
@@ -102,8 +105,7 @@ def which(
         return Choice("torch", None, f"causal-conv1d has no activation {activation!r}")
     function, problem = _find(op)
     if function is None:
-        _say_once(kernel.package, problem)
-        return Choice("torch", None, problem)
+        return Choice("torch", None, problem, faulty=True)
     return Choice(kernel.package, functools.partial(kernel.adapter, function), f"{kernel.package} is installed")
 
 
@@ -111,7 +113,10 @@ def kernel_for(op: str, x: Tensor, **features: Any) -> Callable[..., Any] | None
     """`which(...).fn` for a tensor that `serves` accepted; None, so torch, while torch.compile traces."""
     if torch.compiler.is_compiling():
         return None
-    return which(op, x.device, x.dtype, **features).fn
+    choice = which(op, x.device, x.dtype, **features)
+    if choice.faulty:
+        _say_once(_KERNELS[op].package, choice.reason)
+    return choice.fn
 
 
 def report(device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16) -> list[tuple[str, str, str]]:
@@ -126,7 +131,7 @@ def report(device: torch.device | str | None = None, dtype: torch.dtype = torch.
 def _find(op: str) -> tuple[Callable[..., Any] | None, str]:
     """The package's function, or None and what is wrong with the package and what helps. Looked up once a process."""
     kernel = _KERNELS[op]
-    slower = f"{op} runs in torch on this GPU: the same numbers, slower"
+    slower = f"{kernel.work} runs in torch on this GPU: the same numbers, slower"
     silence = f"{ENVIRONMENT_VARIABLE}=0 keeps to torch without this message"
     try:
         function = getattr(importlib.import_module(kernel.module), kernel.function)
@@ -153,9 +158,10 @@ def _find(op: str) -> tuple[Callable[..., Any] | None, str]:
     return function, ""
 
 
-@functools.cache
 def _say_once(package: str, problem: str) -> None:
-    logger.warning(problem)
+    if package not in _said:
+        _said.add(package)
+        logger.warning(problem)
 
 
 def _ssd(
@@ -238,6 +244,7 @@ _HALF = (torch.float16, torch.bfloat16)
 _KERNELS = {
     "ssd": _Kernel(
         "mamba-ssm",
+        "the Mamba-2 scan",
         "mamba_ssm.ops.triton.ssd_combined",
         "mamba_chunk_scan_combined",
         ("chunk_size", "D", "initial_states", "seq_idx", "dt_softplus", "return_final_states"),
@@ -246,6 +253,7 @@ _KERNELS = {
     ),
     "ssd_step": _Kernel(
         "mamba-ssm",
+        "the Mamba-2 scan",
         "mamba_ssm.ops.triton.selective_state_update",
         "selective_state_update",
         ("D", "dt_softplus"),
@@ -254,6 +262,7 @@ _KERNELS = {
     ),
     "causal_conv": _Kernel(
         "causal-conv1d",
+        "the convolution before the scan",
         "causal_conv1d",
         "causal_conv1d_fn",
         ("bias", "seq_idx", "activation"),

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from comparing import assert_same, error, outputs_and_gradients, random
+from comparing import assert_same, outputs_and_gradients, random
 
 from nemotron_h import ops
 from nemotron_h.ops import reference

@@ -11,22 +11,21 @@ from comparing import assert_same, error, random
 from nemotron_h import ops
 from nemotron_h.ops import reference
 
+# experts, top_k, n_group, topk_group, norm_topk_prob, scaling
 CASES = {
-    "4-of-8": {"experts": 8, "top_k": 4, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "scaling": 2.5},
-    "unnormalised": {"experts": 8, "top_k": 3, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "scaling": 1.0},
-    "groups": {"experts": 12, "top_k": 3, "n_group": 4, "topk_group": 2, "norm_topk_prob": True, "scaling": 2.5},
-    "groups-all-open": {
-        "experts": 12,
-        "top_k": 3,
-        "n_group": 4,
-        "topk_group": 4,
-        "norm_topk_prob": True,
-        "scaling": 1.0,
-    },
-    "groups-of-one": {"experts": 4, "top_k": 2, "n_group": 4, "topk_group": 3, "norm_topk_prob": True, "scaling": 1.0},
-    "6-of-128": {"experts": 128, "top_k": 6, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "scaling": 2.5},
-    "22-of-512": {"experts": 512, "top_k": 22, "n_group": 8, "topk_group": 4, "norm_topk_prob": True, "scaling": 5.0},
+    "4-of-8": (8, 4, 1, 1, True, 2.5),
+    "unnormalised": (8, 3, 1, 1, False, 1.0),
+    "groups": (12, 3, 4, 2, True, 2.5),
+    "groups-all-open": (12, 3, 4, 4, True, 1.0),
+    "groups-of-one": (4, 2, 4, 3, True, 1.0),
+    "6-of-128": (128, 6, 1, 1, True, 2.5),
+    "22-of-512": (512, 22, 8, 4, True, 5.0),
 }
+
+
+def arguments(case):
+    names = ("experts", "top_k", "n_group", "topk_group", "norm_topk_prob", "scaling")
+    return dict(zip(names, CASES[case], strict=True))
 
 
 def by_expert(function, experts, **kwargs):
@@ -43,7 +42,7 @@ def by_expert(function, experts, **kwargs):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 1e-6)])
 def test_matches_the_reference_with_gradients(generator, case, dtype, tolerance):
-    kwargs = CASES[case]
+    kwargs = arguments(case)
     logits = 2 * random(generator, 24, kwargs["experts"], dtype=dtype)
     # Large against the scores, so that it changes the choice, and of both signs.
     bias = 0.5 * random(generator, kwargs["experts"], dtype=dtype)
@@ -84,7 +83,7 @@ def test_low_precision_logits_are_weighed_in_float32(generator):
 
 
 def test_compiled_without_graph_breaks(generator):
-    kwargs = {k: v for k, v in CASES["groups"].items() if k != "experts"}
+    kwargs = {k: v for k, v in arguments("groups").items() if k != "experts"}
     torch.compiler.reset()
     compiled = torch.compile(functools.partial(ops.router, **kwargs), fullgraph=True, backend="aot_eager")
     inputs = [random(generator, 5, 12), random(generator, 12)]
