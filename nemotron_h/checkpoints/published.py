@@ -77,3 +77,16 @@ def check_nothing_missing(model: Any, missing: Iterable[str], source: Any) -> No
             f"{source} lacks the tensor {first}{others}: fetch the checkpoint again, or build an untrained model with "
             f"{type(model).__name__}(config)."
         )
+
+
+def check_shapes(mismatched: Iterable[tuple[str, Any, Any]], source: Any) -> None:
+    """Refuse a checkpoint whose shapes are not the config's.
+
+    Raises:
+        ValueError: names the first tensor and both shapes.
+    """
+    for name, found, expected in sorted(mismatched, key=lambda entry: entry[0]):
+        raise ValueError(
+            f"{source} has {name} with shape {tuple(found)} where its config asks for {tuple(expected)}: correct "
+            "config.json, fetch the checkpoint again, or pass ignore_mismatched_sizes=True to start that tensor anew."
+        )
