@@ -194,13 +194,13 @@ class NemotronHCache(Cache):
         config: which layers there are, and the SSM state's dtype (`mamba_ssm_cache_dtype`).
         max_cache_len: with it the cache is static: keys and values for that many tokens are allocated at the first
             update, and nothing moves afterwards (`torch.compile`, CUDA graphs). Without it, it grows.
-        offloading: keep keys and values on the CPU between uses (CUDA only).
+        offloading: keep keys and values on the CPU between uses; without an accelerator that is where they are.
     """
 
     def __init__(self, config: NemotronHConfig, max_cache_len: int | None = None, offloading: bool = False):
         super().__init__(
             layers=[_new_layer(kind, config, max_cache_len) for kind in config.layers_block_type],
-            offloading=offloading,
+            offloading=offloading and torch.accelerator.is_available(),
         )
 
     @classmethod

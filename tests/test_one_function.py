@@ -80,7 +80,7 @@ def test_finite_time_step_limit_holds_in_every_form():
     ids = tokens(2, 21)
     full = model(ids, use_cache=False).logits
     assert relative_difference(run_in_pieces(model, ids, [1] * 21), full) <= TOLERANCE
-    assert relative_difference(free(ids).logits, full) > 1e-3
+    assert relative_difference(free(ids).logits, full, record=False) > 1e-3
 
 
 def padded(rows, side):
