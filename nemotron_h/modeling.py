@@ -9,8 +9,7 @@ dim, G groups, N state size, K convolution kernel, W = K-1, T tokens (B*L), E ex
 heads, Q head dim of attention, V vocabulary.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: transformers reads the annotations of the forwards as objects.
 import math
 from typing import Any
 
@@ -31,6 +30,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from typing_extensions import Unpack
 
 from . import ops
 from .checkpoints import published
@@ -311,6 +311,8 @@ class NemotronHTopkRouter(_Float32Parameters):
 class _LibraryExperts(nn.Module):
     """Squared-ReLU experts as 3-D parameters, run by `transformers`' experts interface (grouped GEMM and others)."""
 
+    config: NemotronHConfig  # set by the decorator
+
     def __init__(self, config: NemotronHConfig):
         super().__init__()
         self.num_experts = config.n_routed_experts
@@ -332,9 +334,18 @@ class _LibraryExperts(nn.Module):
 
 class NemotronHExperts(_LibraryExperts):
     def forward(self, x_TD: Tensor, indices_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-        # torch's grouped GEMM refuses float64.
-        run = _LibraryExperts.forward.__wrapped__ if x_TD.dtype == torch.float64 else _LibraryExperts.forward  # type: ignore[attr-defined]
+        run = _LibraryExperts.forward
+        if self.config._experts_implementation == "grouped_mm" and not self._grouped_gemm_runs():
+            run = run.__wrapped__  # type: ignore[attr-defined]
         return run(self, x_TD, indices_Tk, weights_Tk)
+
+    def _grouped_gemm_runs(self) -> bool:
+        """torch's grouped GEMM refuses float64, and rows that are not a multiple of 16 bytes."""
+        dtype = self.up_proj.dtype
+        if torch.compiler.is_compiling() and dtype != torch.bfloat16:
+            # Traced, the library has a form of its own for all but bfloat16, which takes any dtype and width.
+            return True
+        return dtype != torch.float64 and all(size * dtype.itemsize % 16 == 0 for size in self.up_proj.shape[1:])
 
 
 class NemotronHMoE(nn.Module):
@@ -510,7 +521,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> NemotronHModelOutput:
         """Hidden states of a batch of token rows.
 
@@ -643,12 +654,15 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
-        **kwargs: Any,
+        shift_labels: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> NemotronHCausalLMOutput:
         """Next-token logits, (B, L, V), in float32 or better; arguments as in `NemotronHModel.forward`, and
 
         Args:
             labels: (B, L) target ids, -100 where there is none; shifted by one inside.
+            shift_labels: (B, L) target ids that are shifted already, in place of `labels` (training that splits the
+                sequence over devices shifts before it splits).
             logits_to_keep: compute the logits of the last so many positions only (0: all), or of the positions in
                 this index tensor.
         """
@@ -674,8 +688,8 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         logits_BLV = logits_TV.view(*x_BLD.shape[:-1], -1)
         logits_BLV = logits_BLV.to(torch.promote_types(logits_BLV.dtype, torch.float32))
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits_BLV, labels, self.vocab_size, **kwargs)
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(logits_BLV, labels, self.vocab_size, shift_labels=shift_labels, **kwargs)
         return NemotronHCausalLMOutput(
             loss=loss,
             logits=logits_BLV,
