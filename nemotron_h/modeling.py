@@ -355,9 +355,7 @@ class NemotronHMoE(nn.Module):
         super().__init__()
         self.gate = NemotronHTopkRouter(config)
         self.experts = NemotronHExperts(config)
-        self.shared_experts = (
-            NemotronHMLP(config, config.moe_shared_expert_intermediate_size) if config.n_shared_experts else None
-        )
+        self.shared_experts = NemotronHMLP(config, config.moe_shared_expert_intermediate_size)
         if config.moe_latent_size:
             self.fc1_latent_proj: nn.Module = nn.Linear(config.hidden_size, config.moe_latent_size, bias=config.mlp_bias)
             self.fc2_latent_proj: nn.Module = nn.Linear(config.moe_latent_size, config.hidden_size, bias=config.mlp_bias)
@@ -368,8 +366,7 @@ class NemotronHMoE(nn.Module):
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
         _logits, weights_Tk, indices_Tk = self.gate(x_TD)
         y_TD = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(x_TD), indices_Tk, weights_Tk))
-        y_BLD = y_TD.view(x_BLD.shape)
-        return y_BLD if self.shared_experts is None else y_BLD + self.shared_experts(x_BLD)
+        return y_TD.view(x_BLD.shape) + self.shared_experts(x_BLD)
 
 
 def build_mixer(config: NemotronHConfig, kind: str, layer_idx: int) -> nn.Module:
@@ -752,9 +749,13 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
 class NemotronHForSequenceClassification(GenericForSequenceClassification, NemotronHPreTrainedModel):
     """Nemotron-H with a linear classifier on each row's last token that is not padding."""
 
+    _keys_to_ignore_on_load_unexpected = NemotronHModel._keys_to_ignore_on_load_unexpected
+
 
 class NemotronHForTokenClassification(GenericForTokenClassification, NemotronHPreTrainedModel):
     """Nemotron-H with a linear classifier on every token."""
+
+    _keys_to_ignore_on_load_unexpected = NemotronHModel._keys_to_ignore_on_load_unexpected
 
 
 published.register()
