@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -43,11 +45,28 @@ def find_model(name: str | None) -> tuple[str, bool]:
 
         return WORD_PROBLEMS, True
     path = os.path.expanduser(name)
+    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
+        raise ValueError(f"The folder {path} has no config.json; name the folder of a model.")
     if os.path.exists(path):
         return path, True
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return name, False
     raise ValueError(f"There is no folder {name!r} here, and a hub id is written owner/name; check --model.")
+
+
+@contextmanager
+def hub_named(name: str, local: bool) -> Iterator[None]:
+    """What the hub refuses is said with the name that was asked for."""
+    try:
+        yield
+    except OSError as error:
+        if local:
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise OSError(
+            f"{name} is no folder here and could not be had from the hub ({reason}); check the name, the connection "
+            "and your access, or download it and name the folder."
+        ) from error
 
 
 def load_chat(name: str | None, dtype: str, device: str) -> Chat:
@@ -65,7 +84,8 @@ def load_chat(name: str | None, dtype: str, device: str) -> Chat:
     logging.set_verbosity_error()
     if name is None or not sys.stderr.isatty():
         logging.disable_progress_bar()
-    return Chat.load(path, dtype=dtype, device=device, local_files_only=local)
+    with hub_named(path, local):
+        return Chat.load(path, dtype=dtype, device=device, local_files_only=local)
 
 
 def show(console: Console, text: str, style: str = "") -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .arguments import JsonOption, find_model, parse_size, size
+from .arguments import JsonOption, find_model, hub_named, parse_size, size
 
 if TYPE_CHECKING:
     from ..configuration import NemotronHConfig
@@ -64,10 +63,9 @@ def _read_config(model: str | None) -> NemotronHConfig:
     from ..configuration import NemotronHConfig
 
     path, local = find_model(model)
-    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
-        raise ValueError(f"The folder {path} has no config.json; name the folder of a model, or a config file.")
     # Nothing but config.json is ever fetched, and that only for a hub id.
-    fields, _ = NemotronHConfig.get_config_dict(path, local_files_only=local)
+    with hub_named(path, local):
+        fields, _ = NemotronHConfig.get_config_dict(path, local_files_only=local)
     fields = fields.get("llm_config", fields)  # the vision-language models keep the text model's config inside
     if fields.get("model_type", "nemotron_h") != "nemotron_h":
         raise ValueError(f"{path} is a {fields['model_type']!r} model; `nemotron-h info` knows nemotron_h alone.")

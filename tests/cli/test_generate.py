@@ -1,5 +1,8 @@
 """`nemotron-h generate`: what is streamed, what is refused, what --json says."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 
@@ -50,7 +53,7 @@ def test_system(cli_json, refused, chat_model: str, base_model: str) -> None:
     assert "no chat template" in refused("generate", "Hi", "-m", base_model, "--system", "Be brief.", "--json")
 
 
-def test_errors(refused, base_model: str, tmp_path) -> None:
+def test_errors(refused, base_model: str, tmp_path: Path) -> None:
     assert "is empty" in refused("generate", " ")
     assert "is empty" in refused("generate", "-", input="\n")
     assert "no folder 'nowhere'" in refused("generate", "Hi", "-m", "nowhere")
@@ -59,7 +62,20 @@ def test_errors(refused, base_model: str, tmp_path) -> None:
     )
     assert "'float7'" in refused("generate", "Hi", "-m", base_model, "--dtype", "float7")
     assert "'gpu'" in refused("generate", "Hi", "-m", base_model, "--device", "gpu")
-    assert refused("generate", "Hi", "-m", str(tmp_path))
+    assert "no config.json" in refused("generate", "Hi", "-m", str(tmp_path))
+
+
+def test_weights_that_are_cut_off(refused, base_model: str, tmp_path: Path) -> None:
+    shutil.copytree(base_model, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "model.safetensors" in refused("generate", "Hi", "-m", str(tmp_path / "cut"))
+
+
+def test_the_hub_without_a_network(refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for command in (("generate", "Hi", "-m"), ("info",)):
+        assert "nobody/nothing is no folder here" in refused(*command, "nobody/nothing")
 
 
 def test_debug_brings_the_traceback(cli, monkeypatch: pytest.MonkeyPatch) -> None:
