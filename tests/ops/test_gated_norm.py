@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from comparing import assert_same, outputs_and_gradients, random
+from comparing import assert_same, error, outputs_and_gradients, random
 
 from nemotron_h import ops
 from nemotron_h.ops import reference
@@ -29,6 +29,16 @@ class TestRMSNorm:
 
     def test_float16_squares_do_not_overflow(self):
         assert torch.equal(ops.rms_norm(torch.full((1, 4), 300.0).half(), torch.ones(4), 0.0), torch.ones(1, 4).half())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 29), (150,), (0, 4)])
+def test_many_rows_without_gradient_are_worked_in_blocks(generator, shape):
+    y, z, weight = random(generator, *shape, 16), random(generator, *shape, 16), random(generator, 16)
+    with torch.no_grad():
+        assert error(ops.rms_norm(y, weight, 1e-5), reference.rms_norm(y, weight, 1e-5)) < 1e-14
+        gated = ops.gated_rms_norm(y, z, weight, 1e-5, 2)
+        assert error(gated, reference.gated_rms_norm(y, z, weight, 1e-5, 2)) < 1e-14
+        assert torch.equal(ops.gated_rms_norm(y.mT.contiguous().mT, z, weight, 1e-5, 2), gated)
 
 
 class TestGatedRMSNorm:
