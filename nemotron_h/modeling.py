@@ -113,6 +113,36 @@ class NemotronHRMSNormGated(nn.Module):
         return ops.gated_rms_norm(y, z, self.weight, self.variance_epsilon, self.n_groups)
 
 
+class NemotronHConv1d(nn.Conv1d):
+    """The depthwise causal convolution, with its activation.
+
+    A module that is called, where its weight could be read: what brings weights in for a module's call (offloading,
+    sharding) would not know of the reading.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, bias: bool, activation: str):
+        super().__init__(channels, channels, kernel_size, groups=channels, padding=kernel_size - 1, bias=bias)
+        self.activation = activation
+
+    def forward(  # type: ignore[override]
+        self,
+        xBC_BLC: Tensor,
+        window_BCW: Tensor | None = None,
+        mask_BL: Tensor | None = None,
+        seq_idx_BL: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(B, L, C) after (B, C, W) -> (B, L, C), and the window for what comes next."""
+        return ops.causal_conv(
+            xBC_BLC,
+            self.weight.squeeze(1),
+            self.bias,
+            window_BCW=window_BCW,
+            mask_BL=mask_BL,
+            seq_idx_BL=seq_idx_BL,
+            activation=self.activation,
+        )
+
+
 class NemotronHMamba2Mixer(_Float32Parameters):
     def __init__(self, config: NemotronHConfig, layer_idx: int):
         super().__init__()
@@ -126,16 +156,10 @@ class NemotronHMamba2Mixer(_Float32Parameters):
         # The result does not depend on it: the config's is what NVIDIA's kernel used, ours is what was fastest.
         self.chunk_size = min(config.chunk_size, ops.DEFAULT_CHUNK_SIZE)
         self.time_step_limit = tuple(config.time_step_limit)
-        self.activation = config.mamba_hidden_act
 
         self.in_proj = nn.Linear(config.hidden_size, config.in_proj_size, bias=config.mamba_proj_bias)
-        self.conv1d = nn.Conv1d(
-            self.conv_dim,
-            self.conv_dim,
-            kernel_size=config.conv_kernel,
-            groups=self.conv_dim,
-            padding=config.conv_kernel - 1,
-            bias=config.use_conv_bias,
+        self.conv1d = NemotronHConv1d(
+            self.conv_dim, config.conv_kernel, bias=config.use_conv_bias, activation=config.mamba_hidden_act
         )
         dtype = _parameter_dtype()
         self.dt_bias = nn.Parameter(torch.ones(self.num_heads, dtype=dtype))
@@ -161,15 +185,7 @@ class NemotronHMamba2Mixer(_Float32Parameters):
         z_BLI, xBC_BLC, dt_BLH = self.in_proj(x_BLD).split(
             [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
         )
-        xBC_BLC, window_BCW = ops.causal_conv(
-            xBC_BLC,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            window_BCW=window_BCW,
-            mask_BL=mask_BL,
-            seq_idx_BL=seq_idx_BL,
-            activation=self.activation,
-        )
+        xBC_BLC, window_BCW = self.conv1d(xBC_BLC, window_BCW=window_BCW, mask_BL=mask_BL, seq_idx_BL=seq_idx_BL)
         x_BLI, B_BLGN, C_BLGN = xBC_BLC.split(
             [self.intermediate_size] + [self.n_groups * self.ssm_state_size] * 2, dim=-1
         )
