@@ -3,7 +3,7 @@
     state_t = exp(dt_t A) state_{t-1} + dt_t x_t B_t^T          y_t = state_t C_t + D x_t
 
 Shape suffixes: B batch, L length, H heads, P head dim, G groups, N state, R = H / G heads per group, Q length of a
-chunk. Head h reads B and C of group h // R.
+chunk; folded for batched products: X = B G, S = R P, Z = B H. Head h reads B and C of group h // R.
 """
 
 from __future__ import annotations
@@ -58,8 +58,7 @@ def ssd(
     seq_idx_BL: Tensor | None = None,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence over a whole sequence, as the paper's block decomposition (section 6, listing 1), walking the
-    chunks.
+    """The recurrence over a whole sequence: the paper's block decomposition (section 6, listing 1), chunk by chunk.
 
     Computes in float32 (float64 if x, dt or A is float64), also under autocast. A position with dt = 0 leaves the state
     exactly as it was. Nothing is allocated per (position, position, head) but for one chunk at a time.
@@ -71,7 +70,8 @@ def ssd(
         B_BLGN, C_BLGN: (B, L, G, N); H must be a multiple of G.
         D_H: (H,), the skip.
         initial_state_BHPN: the state before position 0; None is zeros. It belongs to position 0's document.
-        seq_idx_BL: integers; a document starts where they change, and documents do not see each other.
+        seq_idx_BL: integers; a document starts where they change, and documents do not see each other. A pad must carry
+            the number of the document before it (`document_index` with a mask sees to that).
         chunk_size: positions per chunk. The result does not depend on it.
 
     Returns: y (B, L, H, P) in x's dtype, and the state after the last position (B, H, P, N), the last document's own,
