@@ -16,7 +16,7 @@ from .errors import one_sentence
 app = typer.Typer(
     name="nemotron-h",
     help="Run and look into NVIDIA Nemotron-H models. A small one that solves word problems is in the box.",
-    epilog='Example: nemotron-h generate "Ann has 12 apples and buys 7. How many apples does she have?"',
+    epilog='Example: nemotron-h generate "Anna has 12 apples. She buys 7 more. How many apples does Anna have now?"',
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -14,7 +14,7 @@ from .arguments import DeviceOption, DtypeOption, JsonOption, ModelOption, load_
 
 NAME = "generate"
 HELP = "Ask a model, and watch it think and answer. Models without a chat template continue the text."
-EXAMPLE = 'Example: nemotron-h generate "Tom has 14 pears and eats 5. How many pears are left?" --no-think'
+EXAMPLE = 'Example: nemotron-h generate "Anna has 12 apples. She buys 7 more. How many apples does Anna have now?"'
 
 
 def run(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nemotron_h.bundled import figures, held_out, read_answer
+from nemotron_h.bundled import read_answer
 
 
 def test_counts(cli_json, chat_model: str) -> None:
@@ -27,17 +27,6 @@ def test_shown(cli) -> None:
     assert "1/1" in text and "with reasoning" in text and "without reasoning" in text
     assert "tokens/s" in text and "Peak memory" in text
     assert "When it was trained" in text
-
-
-def test_held_out_problems_are_distinct() -> None:
-    questions = [problem["question"] for problem in held_out()]
-    assert len(set(questions)) == len(questions) >= 100
-    assert {bool(problem["unseen_template"]) for problem in held_out()} == {True, False}
-
-
-def test_figures() -> None:
-    measured = figures()["held_out"]
-    assert measured["think"]["accuracy"] >= 0.9 > measured["no_think"]["accuracy"]
 
 
 @pytest.mark.parametrize(
