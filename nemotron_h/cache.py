@@ -224,8 +224,8 @@ class NemotronHCache(Cache):
             if kind == "mamba" and not isinstance(layer, MambaLayer):
                 if layer is not None and any(getattr(layer, "has_previous_state", {}).values()):
                     raise ValueError(
-                        f"Layer {idx} of the given {type(cache).__name__} holds Mamba states of another implementation: "
-                        "start from an empty cache."
+                        f"Layer {idx} of the given {type(cache).__name__} holds Mamba states of another "
+                        "implementation: start from an empty cache."
                     )
                 static = getattr(cache, "is_compileable", False) and len(layers) == len(config.layers_block_type)
                 layer = _new_layer(kind, config, 0 if static else None)

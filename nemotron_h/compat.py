@@ -45,12 +45,12 @@ def rename_cache_kwarg(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**rest, CACHE_NAME: pick_cache(**given)}
 
 
-def causal_mask(config: Any, inputs_embeds: torch.Tensor, attention_mask: Any, cache: Cache | None, **kwargs: Any) -> Any:
+def causal_mask(
+    config: Any, inputs_embeds: torch.Tensor, attention_mask: Any, cache: Cache | None, **kwargs: Any
+) -> Any:
     """`transformers.masking_utils.create_causal_mask` with the cache under the running version's name."""
     kwargs[_MASK_CACHE_NAME] = cache
-    return create_causal_mask(
-        config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
-    )
+    return create_causal_mask(config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
 
 
 def _alias(name: str) -> property:

@@ -11,7 +11,8 @@ heads, Q head dim of attention, V vocabulary.
 
 # No `from __future__ import annotations` here: transformers reads the annotations of the forwards as objects.
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -33,8 +34,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from typing_extensions import Unpack
 
 from . import ops
+from .cache import MambaLayer, NemotronHCache, cache_length
 from .checkpoints import published
-from .cache import MambaLayer, NemotronHCache
 from .compat import (
     CACHE_NAME,
     CACHE_NAMES,
@@ -46,7 +47,6 @@ from .compat import (
 )
 from .configuration import NemotronHConfig
 from .packing import document_ids, padding_mask, same_document, varlen_kwargs
-
 
 _FORWARD_KWARGS = frozenset(
     {*TransformersKwargs.__optional_keys__, "return_dict", "debug_io", "debug_io_dir", "prune_layers"}
@@ -74,12 +74,11 @@ class _Float32Parameters(nn.Module):
     `.bfloat16()`, which would round A_log, D, dt_bias and the router away from what the checkpoint says.
     """
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         def keep_float32(tensor: Tensor) -> Tensor:
             new = fn(tensor)
-            if tensor.is_floating_point() and new.is_floating_point() and new.dtype.itemsize < 4 <= tensor.dtype.itemsize:
-                return tensor.to(new.device)
-            return new
+            rounded = new.is_floating_point() and new.dtype.itemsize < 4 <= tensor.dtype.itemsize
+            return tensor.to(new.device) if rounded else new
 
         if recurse:
             for child in self.children():
@@ -155,7 +154,7 @@ class NemotronHMamba2Mixer(_Float32Parameters):
         self.conv_dim = config.conv_dim
         # The result does not depend on it: the config's is what NVIDIA's kernel used, ours is what was fastest.
         self.chunk_size = min(config.chunk_size, ops.DEFAULT_CHUNK_SIZE)
-        self.time_step_limit = tuple(config.time_step_limit)
+        self.time_step_limit = cast(tuple[float, float], tuple(config.time_step_limit))
 
         self.in_proj = nn.Linear(config.hidden_size, config.in_proj_size, bias=config.mamba_proj_bias)
         self.conv1d = NemotronHConv1d(
@@ -270,7 +269,7 @@ def _eager_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    repeats = module.num_key_value_groups
+    repeats = cast(int, module.num_key_value_groups)
     k_BALQ, v_BALQ = k_BALQ.repeat_interleave(repeats, dim=1), v_BALQ.repeat_interleave(repeats, dim=1)
     scores = q_BALQ @ k_BALQ.transpose(2, 3) * scaling
     if attention_mask is not None:
@@ -373,8 +372,9 @@ class NemotronHMoE(nn.Module):
         self.experts = NemotronHExperts(config)
         self.shared_experts = NemotronHMLP(config, config.moe_shared_expert_intermediate_size)
         if config.moe_latent_size:
-            self.fc1_latent_proj: nn.Module = nn.Linear(config.hidden_size, config.moe_latent_size, bias=config.mlp_bias)
-            self.fc2_latent_proj: nn.Module = nn.Linear(config.moe_latent_size, config.hidden_size, bias=config.mlp_bias)
+            width, latent, bias = config.hidden_size, config.moe_latent_size, config.mlp_bias
+            self.fc1_latent_proj: nn.Module = nn.Linear(width, latent, bias=bias)
+            self.fc2_latent_proj: nn.Module = nn.Linear(latent, width, bias=bias)
         else:
             self.fc1_latent_proj = self.fc2_latent_proj = nn.Identity()
 
@@ -406,7 +406,9 @@ class NemotronHBlock(GradientCheckpointingLayer):
         self.norm = NemotronHRMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer = build_mixer(config, self.block_type, layer_idx)
 
-    def forward(self, x_BLD: Tensor, attention_mask: Any = None, mask_BL: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self, x_BLD: Tensor, attention_mask: Any = None, mask_BL: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
         normed = self.norm(x_BLD.to(self.norm.weight.dtype))
         if self.block_type == "attention":
             y_BLD, _ = self.mixer(normed, attention_mask=attention_mask, **kwargs)
@@ -515,7 +517,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
         return self.embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings = value
+        self.embeddings = cast(nn.Embedding, value)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -558,12 +560,20 @@ class NemotronHModel(NemotronHPreTrainedModel):
         cache = pick_cache(cache=cache, past_key_values=past_key_values, cache_params=cache_params)
         if cache is not None:
             cache = NemotronHCache.adopt(cache, self.config)
-        if self.gradient_checkpointing and self.training:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             # The recomputation would update the cache a second time.
+            if length_before := int(cache_length(cache)):
+                raise ValueError(
+                    f"Gradient checkpointing cannot go on from a cache, and this one has {length_before} tokens: pass "
+                    "the whole sequence without a cache, or switch checkpointing off."
+                )
             cache, use_cache = None, False
 
-        prepared = attention_mask if isinstance(attention_mask, dict) else None
-        mask_BL = prepared["mamba"] if prepared is not None else padding_mask(attention_mask, length)
+        prepared = None
+        if isinstance(attention_mask, dict):
+            prepared, mask_BL = attention_mask, attention_mask["mamba"]
+        else:
+            mask_BL = padding_mask(attention_mask, length)
         seq_idx_BL = document_ids(x_BLD, mask_BL, position_ids, seq_idx, cu_seq_lens_q, cache)
         if seq_idx_BL is not None:
             # Documents that do not see each other leave nothing to go on from.
@@ -581,9 +591,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
             attention_mask = (
                 None
                 if varlen
-                else causal_mask(
-                    self.config, x_BLD, None, None, and_mask_function=same_document(seq_idx_BL, mask_BL)
-                )
+                else causal_mask(self.config, x_BLD, None, None, and_mask_function=same_document(seq_idx_BL, mask_BL))
             )
         else:
             attention_mask = causal_mask(self.config, x_BLD, attention_mask, cache)
@@ -597,9 +605,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
                 cache=cache,
                 **kwargs,
             )
-        return NemotronHModelOutput(
-            last_hidden_state=self.norm_f(x_BLD), **{CACHE_NAME: cache if use_cache else None}
-        )
+        return NemotronHModelOutput(last_hidden_state=self.norm_f(x_BLD), **{CACHE_NAME: cache if use_cache else None})
 
 
 class NemotronHMTPLayer(NemotronHBlock):
@@ -698,7 +704,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         # Two-dimensional: with a frozen weight torch turns a linear of a 3-D slice into a batched product that first
         # copies the whole weight (3.7 s against 0.08 s at vocabulary 131,072).
         logits_TV = self.lm_head(x_BLD.reshape(-1, x_BLD.shape[-1]))
-        logits_BLV = logits_TV.view(*x_BLD.shape[:-1], -1)
+        logits_BLV = logits_TV.view(*x_BLD.shape[:-1], logits_TV.shape[-1])
         logits_BLV = logits_BLV.to(torch.promote_types(logits_BLV.dtype, torch.float32))
         loss = None
         if labels is not None or shift_labels is not None:
@@ -750,7 +756,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The masks of both kinds of layers, made outside the compiled step so that their growth does not recompile it."""
+        """The masks of both kinds of layers, made outside the compiled step: their growth would recompile it."""
         cache = pick_cache(**{name: kwargs.get(name) for name in CACHE_NAMES})
         length = inputs_embeds.shape[1]
         attention = (

@@ -55,7 +55,8 @@ def document_ids(
     elif cu_seq_lens is not None:
         if batch != 1:
             raise ValueError(
-                f"cu_seq_lens describes one packed row and the batch has {batch}: flatten it to one row, or pass seq_idx."
+                f"cu_seq_lens describes one packed row and the batch has {batch}: flatten it to one row, or pass "
+                "seq_idx."
             )
         ends = cu_seq_lens.reshape(-1)[1:].to(x_BLD.device, torch.int64)
         positions = torch.arange(length, device=x_BLD.device)
@@ -71,8 +72,8 @@ def document_ids(
             # Whether positions restart cannot be asked while tracing, and a traced call with a cache is generation.
             return None
         raise ValueError(
-            f"The row holds several packed documents and a cache of {int(cache_length(cache))} tokens was passed, which "
-            "only one document can go on from: pass the documents without a cache, or one a row with padding."
+            f"The row holds several packed documents and a cache of {int(cache_length(cache))} tokens was passed, "
+            "which only one document can go on from: pass the documents without a cache, or one a row with padding."
         )
     return seq_idx_BL
 

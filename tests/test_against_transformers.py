@@ -1,4 +1,4 @@
-"""`transformers`' own class, its time-step clamp corrected, is the same function and reads and writes the same files."""
+"""`transformers`' own class, its time-step clamp corrected, is the same function and shares its files with ours."""
 
 import pytest
 import torch
@@ -47,4 +47,5 @@ def test_state_dicts_have_the_same_names(family):
 
 
 def library_arguments(config):
-    return {key: value for key, value in config.to_dict().items() if key not in ("architectures", "transformers_version")}
+    written_by = ("architectures", "transformers_version")
+    return {key: value for key, value in config.to_dict().items() if key not in written_by}

@@ -34,7 +34,8 @@ def greedy_without_cache(model, ids, steps=10):
 )
 def test_greedy(family, options):
     model, ids = small_model(family), tokens(3, 11)
-    assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, **options), greedy_without_cache(model, ids))
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, **options)
+    assert torch.equal(out, greedy_without_cache(model, ids))
 
 
 @every_family
@@ -101,9 +102,7 @@ def test_a_conversation_that_keeps_its_cache(family):
     for turn in range(3):
         history = torch.cat([history, tokens(2, 5, seed=turn)], dim=1)
         # a mask of ones: the pad token's id is a word like any other here
-        history = model.generate(
-            history, attention_mask=torch.ones_like(history), past_key_values=cache, **GREEDY
-        )
+        history = model.generate(history, attention_mask=torch.ones_like(history), past_key_values=cache, **GREEDY)
         assert torch.equal(history, greedy_without_cache(model, history[:, :-10]))
 
 
@@ -135,9 +134,7 @@ def test_cache_made_by_the_library(family):
     model, ids = small_model(family), tokens(2, 12)
     full = model(ids, use_cache=False).logits
     for cache in (DynamicCache(), DynamicCache(config=model.config)):
-        logits = torch.cat(
-            [model(piece, past_key_values=cache).logits for piece in ids.split([5, 1, 6], dim=1)], dim=1
-        )
+        logits = torch.cat([model(piece, past_key_values=cache).logits for piece in ids.split([5, 1, 6], dim=1)], dim=1)
         assert relative_difference(logits, full) <= 1e-9
 
 

@@ -162,7 +162,7 @@ def test_a_missing_tensor_is_an_error(name, tmp_path):
     tensors = published_tensors(config)
     del tensors[name]
     folder = write_folder(tmp_path / "published", config, tensors)
-    with pytest.raises(ValueError, match="lacks the tensor .*: fetch the checkpoint again") as error:
+    with pytest.raises(ValueError, match=r"lacks the tensor .*: fetch the checkpoint again") as error:
         NemotronHForCausalLM.from_pretrained(folder)
     assert name.removeprefix("backbone.") in str(error.value)
 
