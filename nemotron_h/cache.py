@@ -198,6 +198,7 @@ class NemotronHCache(Cache):
     """
 
     def __init__(self, config: NemotronHConfig, max_cache_len: int | None = None, offloading: bool = False):
+        self.kinds = config.layers_block_type
         super().__init__(
             layers=[_new_layer(kind, config, max_cache_len) for kind in config.layers_block_type],
             offloading=offloading and torch.accelerator.is_available(),
@@ -213,6 +214,11 @@ class NemotronHCache(Cache):
             ValueError: the cache already holds another implementation's Mamba states.
         """
         if isinstance(cache, cls):
+            if cache.kinds != config.layers_block_type:
+                raise ValueError(
+                    f"The cache was made for the {len(cache.kinds)} layers of another pattern: pass "
+                    "NemotronHCache(model.config)."
+                )
             return cache
         if not isinstance(cache, Cache):
             raise ValueError(
@@ -257,6 +263,13 @@ class NemotronHCache(Cache):
             return layer.get_mask_sizes(query_length)
         return int(self.get_seq_length()) + query_length, 0
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; refused, with nothing changed, where a Mamba layer would have to."""
+        for layer in self.layers:
+            if isinstance(layer, MambaLayer):
+                layer.crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
     @property
     def max_batch_size(self) -> int:
         return self.batch_size
@@ -291,6 +304,22 @@ def cache_length(cache: Cache | None) -> int | torch.Tensor:
         return cache.get_seq_length()
     layer = NemotronHCache._length_layer(cache)  # type: ignore[arg-type]
     return 0 if layer is None else layer.get_seq_length()
+
+
+def check_room(cache: Cache, batch: int, length: int) -> None:
+    """Refuse a cache that these tokens do not fit, before any layer has taken them.
+
+    Raises:
+        ValueError: another number of rows than the cache holds, or more tokens than a static cache has room for.
+    """
+    if torch.compiler.is_compiling():
+        return
+    rows = NemotronHCache.batch_size.fget(cache)  # type: ignore[attr-defined]
+    if rows not in (-1, batch):
+        raise ValueError(f"The cache holds {rows} rows and the batch has {batch}: use a cache for each batch.")
+    room = next((layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)), None)
+    if room is not None and (needed := int(cache_length(cache)) + length) > room:
+        raise ValueError(f"The static cache has room for {room} tokens and {needed} are needed: make it longer.")
 
 
 def _new_layer(kind: str, config: NemotronHConfig, max_cache_len: int | None) -> Any:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 # The kinds of layer: published name -> (letter of the pattern, name that transformers' cache and mask code knows).
 LAYER_KINDS = {
@@ -305,6 +306,8 @@ class NemotronHConfig(PreTrainedConfig):
 
     def _read_depths(self, key: str, depths: list[str]) -> list[str]:
         """The MTP layers of a pattern such as "M-M*-/*E/*E", which are the same for every depth."""
+        if "" in depths:
+            _fail(f"{key} has a '/' with no MTP layers after it", "leave the '/' out, or write the layers of the depth")
         if len(set(depths)) > 1:
             _fail(f"{key} has different MTP depths {depths}", "write the same pattern after each '/'")
         given = self.num_nextn_predict_layers
@@ -442,6 +445,10 @@ class NemotronHConfig(PreTrainedConfig):
             )
         if "mamba" in kinds and self.mamba_ssm_cache_dtype not in _SSM_DTYPES:
             _fail(f"mamba_ssm_cache_dtype is {self.mamba_ssm_cache_dtype!r}", f"use one of {', '.join(_SSM_DTYPES)}")
+        if "mamba" in kinds and self.mamba_hidden_act not in ("silu", "swish"):
+            _fail(f"mamba_hidden_act is {self.mamba_hidden_act!r}", "use 'silu', as every published model does")
+        if {"mlp", "moe"} & set(kinds) and self.mlp_hidden_act not in ACT2FN:
+            _fail(f"mlp_hidden_act is {self.mlp_hidden_act!r}", "use a name of transformers.activations.ACT2FN")
         if "mlp" in kinds:
             self._check_mlp()
         if "moe" in kinds:
@@ -495,13 +502,14 @@ class NemotronHConfig(PreTrainedConfig):
         That is: both forms of the layers, every name that some reader requires (llama.cpp, mlx-lm, vLLM, TensorRT-LLM,
         transformers) also at its default value, no MoE or MTP keys in a model without them, and no infinity in any
         spelling. Readers whose `layers_block_type` is a property without a setter (NVIDIA's remote code up to Nano 2,
-        vLLM's config class of that time) refuse any file with that key, hence this one; they take it without the key.
+        vLLM's config class of that time) refuse any file with that key, hence this one; they take it without the key,
+        and so does transformers' own class before 5.20, which leaves the old layer names unread beside a pattern.
         """
         output = super().to_dict()
         for key in ("hybrid_override_pattern", "mtp_hybrid_override_pattern", "num_hidden_layers"):
             output[key] = getattr(self, key)
-        # transformers before 5.20 leaves old layer names unread where there is a pattern as well; it takes these.
-        output["layer_types"] = self.layer_types
+        # Not `layer_types`: Trainer reads the file with the base class when it resumes, which refuses "mlp" there.
+        output.pop("layer_types", None)
         output["attention_head_dim"] = self.head_dim
         output["rms_norm_eps"] = output["norm_eps"] = self.layer_norm_epsilon
         output["use_bias"] = output["mamba_proj_bias"] = bool(self.use_bias or self.mamba_proj_bias)

@@ -11,7 +11,8 @@ heads, Q head dim of attention, V vocabulary.
 
 # No `from __future__ import annotations` here: transformers reads the annotations of the forwards as objects.
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -34,7 +35,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from typing_extensions import Unpack
 
 from . import ops
-from .cache import MambaLayer, NemotronHCache, cache_length
+from .cache import MambaLayer, NemotronHCache, cache_length, check_room
 from .checkpoints import published
 from .compat import (
     CACHE_NAME,
@@ -46,18 +47,20 @@ from .compat import (
     rename_cache_kwarg,
 )
 from .configuration import NemotronHConfig
-from .packing import document_ids, padding_mask, same_document, varlen_kwargs
+from .packing import document_ids, padding_mask, same_document, varlen_kwargs, whole_mask
 
 _FORWARD_KWARGS = frozenset(
-    {*TransformersKwargs.__optional_keys__, "return_dict", "debug_io", "debug_io_dir", "prune_layers"}
+    {*TransformersKwargs.__optional_keys__, "shift_labels", "return_dict", "debug_io", "debug_io_dir", "prune_layers"}
 )
 
 
 def _check_kwargs(kwargs: dict[str, Any]) -> None:
     """Refuse what no layer would read, so that a misspelt argument is not lost."""
     if unknown := sorted(set(kwargs) - _FORWARD_KWARGS):
+        value = kwargs[unknown[0]]
+        shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise TypeError(
-            f"forward() got the unknown argument {unknown[0]}={kwargs[unknown[0]]!r}: leave it out; "
+            f"forward() got the unknown argument {unknown[0]}={shown}: leave it out; "
             "`help(NemotronHModel.forward)` lists what there is."
         )
 
@@ -78,7 +81,7 @@ class _Float32Parameters(nn.Module):
         def keep_float32(tensor: Tensor) -> Tensor:
             new = fn(tensor)
             rounded = new.is_floating_point() and new.dtype.itemsize < 4 <= tensor.dtype.itemsize
-            return tensor.to(new.device) if rounded else new
+            return tensor.to(new.device, torch.float32) if rounded else new
 
         if recurse:
             for child in self.children():
@@ -309,7 +312,8 @@ class NemotronHTopkRouter(_Float32Parameters):
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(T, D) -> logits (T, E), weights (T, k), indices (T, k)."""
-        logits_TE = F.linear(x_TD.to(self.weight.dtype), self.weight)
+        with ops.without_autocast(x_TD.device):
+            logits_TE = F.linear(x_TD.to(self.weight.dtype), self.weight)
         indices_Tk, weights_Tk = ops.router(
             logits_TE,
             self.e_score_correction_bias,
@@ -459,11 +463,26 @@ class NemotronHPreTrainedModel(PreTrainedModel):
         except SafetensorError as error:
             name, reason = published.unreadable_file(source) or (source, str(error))
             raise OSError(f"{name} in {source} cannot be read ({reason}): fetch that file again.") from None
+        except FileNotFoundError as error:
+            raise OSError(
+                f"{source} lacks {Path(str(error.filename)).name}, which its index names: fetch it."
+            ) from None
         if not ignore_mismatched_sizes:
             published.check_shapes(info["mismatched_keys"], source)
         if source is not None:
             published.check_nothing_missing(model, info["missing_keys"], source)
         return (model, info) if output_loading_info else model
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """`nn.Module.load_state_dict`, which also takes the published names: Trainer reads the files of its own
+        checkpoints with it when it resumes."""
+        return super().load_state_dict(published.in_memory(state_dict, self), strict=strict, assign=assign)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """`PreTrainedModel.save_pretrained`, in the published layout. A wrong config is refused before anything is
+        written."""
+        self.config.validate()
+        return super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -555,11 +574,14 @@ class NemotronHModel(NemotronHPreTrainedModel):
             got = "neither" if input_ids is None else "both"
             raise ValueError(f"The model takes one of `input_ids` and `inputs_embeds` and got {got}: pass exactly one.")
         x_BLD = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        length = x_BLD.shape[1]
+        batch, length = x_BLD.shape[:2]
+        if length == 0:
+            raise ValueError("The input has no tokens: pass at least one.")
 
         cache = pick_cache(cache=cache, past_key_values=past_key_values, cache_params=cache_params)
         if cache is not None:
             cache = NemotronHCache.adopt(cache, self.config)
+            check_room(cache, batch, length)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             # The recomputation would update the cache a second time.
             if length_before := int(cache_length(cache)):
@@ -573,8 +595,9 @@ class NemotronHModel(NemotronHPreTrainedModel):
         if isinstance(attention_mask, dict):
             prepared, mask_BL = attention_mask, attention_mask["mamba"]
         else:
-            mask_BL = padding_mask(attention_mask, length)
-        seq_idx_BL = document_ids(x_BLD, mask_BL, position_ids, seq_idx, cu_seq_lens_q, cache)
+            attention_mask = mask = whole_mask(attention_mask, batch, length, cache)
+            mask_BL = padding_mask(mask, length, cache)
+        seq_idx_BL = document_ids(x_BLD, mask_BL, position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k, cache)
         if seq_idx_BL is not None:
             # Documents that do not see each other leave nothing to go on from.
             use_cache = False
@@ -605,7 +628,10 @@ class NemotronHModel(NemotronHPreTrainedModel):
                 cache=cache,
                 **kwargs,
             )
-        return NemotronHModelOutput(last_hidden_state=self.norm_f(x_BLD), **{CACHE_NAME: cache if use_cache else None})
+        return NemotronHModelOutput(
+            last_hidden_state=self.norm_f(x_BLD.to(self.norm_f.weight.dtype)),
+            **{CACHE_NAME: cache if use_cache else None},
+        )
 
 
 class NemotronHMTPLayer(NemotronHBlock):
@@ -673,7 +699,6 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
-        shift_labels: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> NemotronHCausalLMOutput:
         """Next-token logits, (B, L, V), in float32 or better; arguments as in `NemotronHModel.forward`, and
@@ -681,11 +706,13 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         Args:
             labels: (B, L) target ids, -100 where there is none; shifted by one inside.
             shift_labels: (B, L) target ids that are shifted already, in place of `labels` (training that splits the
-                sequence over devices shifts before it splits).
+                sequence over devices shifts before it splits). Not in the signature: Trainer would take it for a
+                label that every batch must have.
             logits_to_keep: compute the logits of the last so many positions only (0: all), or of the positions in
                 this index tensor.
         """
         _check_kwargs(kwargs)
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -719,8 +746,20 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`transformers`' `generate()`; the cache goes by any of its names."""
-        return super().generate(*args, **rename_cache_kwarg(kwargs))
+        """`transformers`' `generate()`; the cache goes by any of its names.
+
+        Raises:
+            ValueError: a cache of `transformers`' own, which without attention layers does not know its length.
+        """
+        kwargs = rename_cache_kwarg(kwargs)
+        cache = kwargs.get(CACHE_NAME)
+        if cache is not None and "attention" not in self.config.layers_block_type:
+            if not isinstance(cache, NemotronHCache):
+                raise ValueError(
+                    f"A {type(cache).__name__} does not know its length in a model without attention layers: pass "
+                    "NemotronHCache(model.config)."
+                )
+        return super().generate(*args, **kwargs)
 
     def _prepare_cache_for_generation(
         self,
@@ -759,13 +798,14 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         """The masks of both kinds of layers, made outside the compiled step: their growth would recompile it."""
         cache = pick_cache(**{name: kwargs.get(name) for name in CACHE_NAMES})
         length = inputs_embeds.shape[1]
+        attention_mask = whole_mask(attention_mask, inputs_embeds.shape[0], length, cache)
         attention = (
             causal_mask(config, inputs_embeds, attention_mask, cache)
             if "attention" in config.layers_block_type
             else None
         )
         # A token that generate() appends is never padding.
-        return {"attention": attention, "mamba": None if length == 1 else padding_mask(attention_mask, length)}
+        return {"attention": attention, "mamba": None if length == 1 else padding_mask(attention_mask, length, cache)}
 
 
 class NemotronHForSequenceClassification(GenericForSequenceClassification, NemotronHPreTrainedModel):

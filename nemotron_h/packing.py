@@ -18,15 +18,36 @@ from .cache import cache_length
 from .ops import document_index
 
 
-def padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """The last `length` columns of a (B, past + L) attention mask as bool; None where nothing is padding.
+def whole_mask(attention_mask: Any, batch: int, length: int, cache: Cache | None) -> Any:
+    """A 2-D attention mask with a row for each row of the batch; anything else as it is.
+
+    Raises:
+        ValueError: rows or columns that are not the batch's: a column is wanted for each cached and each new token.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        return attention_mask
+    rows, columns = attention_mask.shape
+    if rows not in (1, batch):
+        raise ValueError(f"attention_mask has {rows} rows for a batch of {batch}: pass one a row.")
+    if not is_tracing(attention_mask) and columns < (wanted := int(cache_length(cache)) + length):
+        raise ValueError(
+            f"attention_mask has {columns} columns for {wanted - length} cached and {length} new tokens: pass {wanted}."
+        )
+    return attention_mask.expand(batch, columns)
+
+
+def padding_mask(attention_mask: Tensor | None, length: int, cache: Cache | None = None) -> Tensor | None:
+    """The new tokens' columns of a (B, past + L) attention mask as bool; None where nothing is padding.
 
     4-D masks say nothing of padding. Whether a mask is all ones is asked of the CPU always, of an accelerator only
     before a multi-token step: in decoding the answer would stall it at every token.
     """
     if attention_mask is None or attention_mask.ndim != 2:
         return None
-    mask_BL = attention_mask[:, -length:].bool()
+    # Columns after the new tokens' (a mask as wide as a static cache) are nobody's yet. A traced step cannot ask a
+    # static cache for its length; its mask ends with the new tokens.
+    past = attention_mask.shape[1] - length if is_tracing(attention_mask) else int(cache_length(cache))
+    mask_BL = attention_mask[:, past : past + length].bool()
     if is_tracing(mask_BL) or (length == 1 and mask_BL.device.type != "cpu"):
         return mask_BL
     return None if bool(mask_BL.all()) else mask_BL
@@ -37,7 +58,8 @@ def document_ids(
     mask_BL: Tensor | None,
     position_ids: Tensor | None,
     seq_idx: Tensor | None,
-    cu_seq_lens: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
     cache: Cache | None,
 ) -> Tensor | None:
     """(B, L) document numbers of a packed batch, or None for one document a row.
@@ -47,9 +69,16 @@ def document_ids(
     for left-padded rows are not taken for a pack.
 
     Raises:
-        ValueError: packed documents together with a cache, or `cu_seq_lens` with more than one row.
+        ValueError: packed documents together with a cache, `cu_seq_lens` with more than one row or that do not run
+            from 0 to L, numbers or positions of another length than the row's.
     """
     batch, length = x_BLD.shape[:2]
+    cu_seq_lens = cu_seq_lens_k if cu_seq_lens_q is None else cu_seq_lens_q
+    for name, given in (("seq_idx", seq_idx), ("position_ids", position_ids)):
+        if given is not None and tuple(given.shape) not in {(length,), (1, length), (batch, length)}:
+            raise ValueError(
+                f"{name} has shape {tuple(given.shape)} for {batch} rows of {length} tokens: pass ({batch}, {length})."
+            )
     if seq_idx is not None:
         seq_idx_BL = document_index(seq_idx.reshape(-1, length).expand(batch, length).to(x_BLD.device), mask_BL)
     elif cu_seq_lens is not None:
@@ -58,11 +87,14 @@ def document_ids(
                 f"cu_seq_lens describes one packed row and the batch has {batch}: flatten it to one row, or pass "
                 "seq_idx."
             )
+        if not is_tracing(cu_seq_lens):
+            _check_cu_seq_lens(cu_seq_lens, cu_seq_lens_k, length)
         ends = cu_seq_lens.reshape(-1)[1:].to(x_BLD.device, torch.int64)
         positions = torch.arange(length, device=x_BLD.device)
         seq_idx_BL = document_index(torch.searchsorted(ends, positions, right=True).unsqueeze(0), mask_BL)
-    elif position_ids is not None and position_ids.ndim == 2 and length > 1:
-        seq_idx_BL = _documents_of_positions(position_ids.to(x_BLD.device).expand(batch, length), mask_BL)
+    elif position_ids is not None and length > 1:
+        positions_BL = position_ids.reshape(-1, length).expand(batch, length).to(x_BLD.device)
+        seq_idx_BL = _documents_of_positions(positions_BL, mask_BL)
     else:
         return None
     if not is_tracing(seq_idx_BL) and bool((seq_idx_BL == seq_idx_BL[:, :1]).all()):
@@ -76,6 +108,17 @@ def document_ids(
             "which only one document can go on from: pass the documents without a cache, or one a row with padding."
         )
     return seq_idx_BL
+
+
+def _check_cu_seq_lens(cu_seq_lens: Tensor, cu_seq_lens_k: Tensor | None, length: int) -> None:
+    ends = cu_seq_lens.reshape(-1).tolist()
+    if cu_seq_lens_k is not None and cu_seq_lens_k.reshape(-1).tolist() != ends:
+        raise ValueError(
+            f"cu_seq_lens_q {ends} and cu_seq_lens_k {cu_seq_lens_k.reshape(-1).tolist()} differ: documents attend to "
+            "themselves, so pass the same twice."
+        )
+    if not ends or ends[0] != 0 or ends[-1] != length or sorted(ends) != ends:
+        raise ValueError(f"cu_seq_lens is {ends} for a row of {length} tokens: it must rise from 0 to {length}.")
 
 
 def _documents_of_positions(position_ids_BL: Tensor, mask_BL: Tensor | None) -> Tensor:

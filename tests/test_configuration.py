@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import without_old_names_before_5_20
 from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig as TransformersConfig
 
 from nemotron_h.configuration import NemotronHConfig, layers_to_pattern, parse_layers
@@ -138,8 +139,8 @@ def test_saved_file_has_what_each_reader_requires(name, tmp_path):
     assert len(written["hybrid_override_pattern"]) == written["num_hidden_layers"] == len(written["layers_block_type"])
     assert set(written["layers_block_type"]) <= {"mamba", "attention", "mlp", "moe"}
     assert layers_to_pattern(written["layers_block_type"]) == written["hybrid_override_pattern"]
-    # transformers before 5.20
-    assert written["layer_types"] == config.layer_types
+    # Trainer reads it with transformers' base class, which refuses "mlp" there
+    assert "layer_types" not in written
     # llama.cpp takes a file with such keys for an MoE model
     assert bool(written.keys() & set(MOE_KEYS)) == config.has_moe
     assert bool(written.keys() & set(MTP_KEYS)) == config.has_mtp
@@ -157,7 +158,7 @@ def test_saved_file_has_what_each_reader_requires(name, tmp_path):
 def test_transformers_own_class_reads_the_saved_file(name, tmp_path):
     config = NemotronHConfig(**CONFIGS[name])
     config.save_pretrained(tmp_path)
-    theirs = TransformersConfig.from_pretrained(tmp_path)
+    theirs = TransformersConfig.from_pretrained(without_old_names_before_5_20(tmp_path))
     assert theirs.layer_types == config.layer_types
     assert theirs.hybrid_override_pattern == config.hybrid_override_pattern
     for key in CONFIGS[name].keys() & set(TransformersConfig.__dataclass_fields__):
@@ -404,6 +405,9 @@ def test_ssm_cache_dtype_may_be_a_torch_dtype(tmp_path):
 # -- errors --------------------------------------------------------------------------------------------------------
 
 ERRORS = [
+    ({"hybrid_override_pattern": "M-*/"}, ["'/'", "no MTP layers after it", "leave the '/' out"]),
+    ({"hybrid_override_pattern": "M-", "mamba_hidden_act": "gelu"}, ["mamba_hidden_act is 'gelu'", "use 'silu'"]),
+    ({"hybrid_override_pattern": "M-", "mlp_hidden_act": "relu3"}, ["mlp_hidden_act is 'relu3'", "ACT2FN"]),
     (
         {"hybrid_override_pattern": "M-XM"},
         ["'X'", "position 2", "'M-XM'", "use M (mamba), * (attention), - (mlp), E (moe)"],

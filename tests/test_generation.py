@@ -212,6 +212,32 @@ def test_what_the_state_cannot_do_is_refused():
     model(ids, cache=cache)
     with pytest.raises(RuntimeError, match=r"crop\(-2\)"):
         cache.crop(-2)
+    # and nothing was forgotten
+    assert relative_difference(model(ids, cache=cache).logits, model(ids.repeat(1, 2)).logits[:, 6:]) <= 1e-9
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_it_changes():
+    model, ids = small_model("dense"), tokens(2, 6)
+    static = NemotronHCache(model.config, max_cache_len=8)
+    model(ids, cache=static)
+    with pytest.raises(ValueError, match="room for 8 tokens and 12 are needed"):
+        model(ids, cache=static)
+    model(ids[:, :2], cache=static)
+    cache = NemotronHCache(model.config)
+    model(ids, cache=cache)
+    with pytest.raises(ValueError, match="holds 2 rows and the batch has 1"):
+        model(ids[:1], cache=cache)
+    with pytest.raises(ValueError, match="layers of another pattern"):
+        model(ids, cache=NemotronHCache(small_model("moe").config))
+    with pytest.raises(ValueError, match="no tokens"):
+        model(ids[:, :0])
+
+
+def test_a_library_cache_without_attention_layers():
+    from transformers import DynamicCache
+
+    with pytest.raises(ValueError, match="DynamicCache does not know its length"):
+        small_model("mamba").generate(tokens(1, 3), past_key_values=DynamicCache(), **GREEDY)
 
 
 def test_an_unknown_argument_is_an_error():

@@ -130,6 +130,22 @@ def test_decoding_goes_on_from_padded_rows(family, side):
 
 
 @every_family
+@pytest.mark.parametrize("max_cache_len", [None, 30])
+@torch.no_grad()
+def test_a_mask_as_wide_as_a_static_cache(family, max_cache_len):
+    """Columns that no token has come to yet are nobody's, whatever they say."""
+    model, ids = small_model(family), tokens(2, 18)
+    mask = torch.ones(2, 30)
+    mask[0, :4] = 0
+    cache = NemotronHCache(model.config, max_cache_len=max_cache_len)
+    logits = torch.cat(
+        [model(piece, attention_mask=mask, cache=cache).logits for piece in ids.split([9, 1, 8], dim=1)], dim=1
+    )
+    expected = model(ids, attention_mask=mask[:, :18], use_cache=False).logits
+    assert relative_difference(logits[mask[:, :18].bool()], expected[mask[:, :18].bool()]) <= TOLERANCE
+
+
+@every_family
 @torch.no_grad()
 def test_padding_in_the_middle_and_in_decoding_steps(family):
     """A second turn padded on the right, then a step that is padding for one row."""

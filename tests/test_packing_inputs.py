@@ -4,15 +4,16 @@ import pytest
 import torch
 from families import small_config
 
-from nemotron_h.packing import document_ids, padding_mask, varlen_kwargs
+from nemotron_h.packing import document_ids, padding_mask, varlen_kwargs, whole_mask
 
 pytestmark = pytest.mark.core
 X = torch.zeros(1, 7, 4)
 
 
 def documents(mask=None, **kwargs):
-    inputs = {"position_ids": None, "seq_idx": None, "cu_seq_lens": None, "cache": None} | kwargs
-    rows = next(v.shape[0] for v in inputs.values() if v is not None and v.ndim == 2) if kwargs else 1
+    names = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "cache")
+    inputs = dict.fromkeys(names) | kwargs
+    rows = next((v.shape[0] for v in inputs.values() if v is not None and v.ndim == 2), 1)
     ids = document_ids(X.expand(rows, -1, -1), mask, **inputs)
     return None if ids is None else ids.tolist()
 
@@ -44,14 +45,49 @@ def test_left_padding_counted_by_generate_is_not_a_pack():
     assert documents(mask=mask, position_ids=torch.tensor([[0, 0, 0, 0, 1, 0, 1]])) == [[0, 0, 0, 0, 0, 1, 1]]
 
 
+@pytest.mark.parametrize("name", ["cu_seq_lens_q", "cu_seq_lens_k"])
+def test_cumulative_lengths(name):
+    assert documents(**{name: torch.tensor([0, 3, 3, 7])}) == [[0, 0, 0, 1, 1, 1, 1]]
+    for wrong in ([0, 3], [0, 9], [2, 7], [0, 5, 3, 7]):
+        with pytest.raises(ValueError, match=r"cu_seq_lens is \[.*\] for a row of 7 tokens: it must rise from 0 to 7"):
+            documents(**{name: torch.tensor(wrong)})
+
+
+def test_cumulative_lengths_that_differ():
+    with pytest.raises(ValueError, match="differ"):
+        documents(cu_seq_lens_q=torch.tensor([0, 3, 7]), cu_seq_lens_k=torch.tensor([0, 4, 7]))
+
+
+def test_one_row_of_positions_serves_every_row():
+    positions = torch.tensor([0, 1, 2, 0, 1, 2, 3])
+    expected = [[0, 0, 0, 1, 1, 1, 1]] * 2
+    for given in (positions, positions[None], positions.expand(2, -1)):
+        assert document_ids(X.expand(2, -1, -1), None, given, None, None, None, None).tolist() == expected
+    for name in ("position_ids", "seq_idx"):
+        with pytest.raises(ValueError, match=rf"{name} has shape \(3, 7\) for 2 rows of 7 tokens"):
+            given = {"position_ids": None, "seq_idx": None, name: positions.expand(3, -1)}
+            document_ids(X.expand(2, -1, -1), None, given["position_ids"], given["seq_idx"], None, None, None)
+
+
+def test_a_mask_fits_the_batch():
+    mask = torch.ones(1, 9)
+    assert whole_mask(mask, 2, 9, None).shape == (2, 9)
+    assert whole_mask(torch.ones(2, 20), 2, 9, None).shape == (2, 20)
+    with pytest.raises(ValueError, match="has 9 columns for 0 cached and 10 new tokens: pass 10"):
+        whole_mask(mask, 1, 10, None)
+    with pytest.raises(ValueError, match="has 3 rows for a batch of 2"):
+        whole_mask(torch.ones(3, 9), 2, 9, None)
+
+
 def test_padding_mask():
     mask = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1]])
     assert padding_mask(None, 4) is None
     assert padding_mask(torch.ones(2, 4), 4) is None
     assert padding_mask(torch.zeros(2, 1, 4, 4), 4) is None
     assert padding_mask(mask, 4).tolist() == mask.bool().tolist()
-    assert padding_mask(mask, 1) is None  # of a row with past tokens, only the new ones are asked about
-    assert padding_mask(mask, 2).tolist() == [[False, True], [True, True]]
+    # columns after the new tokens' are not theirs
+    assert padding_mask(mask, 2) is None
+    assert padding_mask(mask, 3).tolist() == [[True, True, False], [True, True, True]]
 
 
 def test_flash_attention_gets_cumulative_lengths():

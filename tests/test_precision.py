@@ -47,6 +47,18 @@ def test_router_chooses_as_in_float32():
     exact_logits, _, exact = gate(x_TD.float())
     assert torch.equal(indices.sort(-1).values, exact.sort(-1).values)
     assert torch.equal(logits, exact_logits)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(gate(x_TD)[0], exact_logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_residual_in_float32(dtype):
+    model = small_model("moe", dtype=dtype, residual_in_fp32=True)
+    seen = []
+    model.model.layers[-1].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    assert model(tokens(1, 5)).logits.isfinite().all()
+    assert seen == [torch.float32]
 
 
 @torch.no_grad()

@@ -9,10 +9,12 @@ adapters and tools interchange; the table below is applied on loading and, rever
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
@@ -36,6 +38,27 @@ def conversion_mapping() -> list[WeightRenaming | WeightConverter]:
 def register() -> None:
     """Make `transformers` apply the table to this package's classes (it skips the models that it does not ship)."""
     register_checkpoint_conversion_mapping("nemotron_h", conversion_mapping(), overwrite=True)
+
+
+_EXPERT = re.compile(r"(.*mixer\.experts)\.(\d+)\.(up_proj|down_proj)\.weight")
+
+
+def in_memory(state_dict: Mapping[str, Any], model: torch.nn.Module) -> Mapping[str, Any]:
+    """A state dict in published names under the names in memory; one that has those already is returned as it is."""
+    if not any(name.startswith("backbone.") or _EXPERT.fullmatch(name) for name in state_dict):
+        return state_dict
+    prefix = "model." if hasattr(model, "model") else ""
+    renamed: dict[str, Any] = {}
+    experts: dict[str, dict[int, torch.Tensor]] = {}
+    for name, tensor in state_dict.items():
+        name = prefix + name.removeprefix("backbone.") if name.startswith("backbone.") else name
+        if match := _EXPERT.fullmatch(name):
+            experts.setdefault(f"{match[1]}.{match[3]}", {})[int(match[2])] = tensor
+        else:
+            renamed[name] = tensor
+    for name, tensors in experts.items():
+        renamed[name] = torch.stack([tensors[expert] for expert in sorted(tensors)])
+    return renamed
 
 
 def unreadable_file(folder: str | Path) -> tuple[str, str] | None:
@@ -69,7 +92,8 @@ def check_nothing_missing(model: Any, missing: Iterable[str], source: Any) -> No
         )
         model.mtp = None
         missing -= mtp
-    missing = {name for name in missing if not name.startswith(("score.", "classifier.", "dropout."))}
+    if type(model).__name__ not in (model.config.architectures or ()):
+        missing = {name for name in missing if not name.startswith("score.")}
     if missing:
         first = sorted(missing)[0]
         others = f" (and {len(missing) - 1} others)" if len(missing) > 1 else ""

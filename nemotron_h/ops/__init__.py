@@ -4,6 +4,7 @@ from .causal_conv import causal_conv
 from .documents import document_index
 from .gated_norm import gated_rms_norm, rms_norm
 from .moe import router
+from .precision import without_autocast
 from .ssd import DEFAULT_CHUNK_SIZE, ssd, ssd_step, time_step
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "ssd",
     "ssd_step",
     "time_step",
+    "without_autocast",
 ]
