@@ -141,6 +141,11 @@ class NemotronHTests(common.ModelTesterMixin):
         # renaming matches none of its names; transformers' own class of this family does the same.
         super().test_reverse_loading_mapping(skip_base_model=True)
 
+    def test_eager_matches_sdpa_inference_24_fp32_pad_left_output_attentions(self) -> None:
+        # The library's generic heads write their annotations as strings, and it skips the whole test at the first such.
+        self.all_model_classes = self.all_model_classes[:2]
+        super().test_eager_matches_sdpa_inference_24_fp32_pad_left_output_attentions()
+
     @MISSING_TENSORS
     def test_correct_missing_keys(self) -> None:
         super().test_correct_missing_keys()
