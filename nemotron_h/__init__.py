@@ -1,4 +1,10 @@
-"""Nemotron-H models in Hugging Face `transformers`: importing this package registers them with the Auto classes."""
+"""Nemotron-H models in Hugging Face `transformers`: importing this package registers them with the Auto classes.
+
+The model classes are imported when the first config is made or one of them is asked for by name: until then, importing
+this package costs next to nothing beside `transformers`.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from transformers import (
     AutoConfig,
@@ -9,23 +15,55 @@ from transformers import (
 )
 
 from ._version import __version__
-from .cache import NemotronHCache
-from .configuration import NemotronHConfig
-from .modeling import (
-    NemotronHForCausalLM,
-    NemotronHForSequenceClassification,
-    NemotronHForTokenClassification,
-    NemotronHModel,
-    NemotronHPreTrainedModel,
-)
+from .configuration import NemotronHConfig, _before_first_use
+
+if TYPE_CHECKING:
+    from .cache import NemotronHCache
+    from .modeling import (
+        NemotronHForCausalLM,
+        NemotronHForSequenceClassification,
+        NemotronHForTokenClassification,
+        NemotronHModel,
+        NemotronHPreTrainedModel,
+    )
+
+_AUTO = {
+    "NemotronHModel": AutoModel,
+    "NemotronHForCausalLM": AutoModelForCausalLM,
+    "NemotronHForSequenceClassification": AutoModelForSequenceClassification,
+    "NemotronHForTokenClassification": AutoModelForTokenClassification,
+}
+_MODELS = (*_AUTO, "NemotronHPreTrainedModel")
+
+
+def _register_models() -> None:
+    from . import modeling
+
+    for name, auto in _AUTO.items():
+        auto.register(NemotronHConfig, getattr(modeling, name), exist_ok=True)
+
 
 # `exist_ok`: transformers has a class of its own under this model type, which a registered one precedes. A checkpoint's
-# `auto_map` is passed over too, since transformers prefers a registered class to remote code.
+# `auto_map` is passed over too, since transformers prefers a registered class to remote code. The Auto classes look a
+# model up by its config, so no one asks for a model class before a config exists.
 AutoConfig.register("nemotron_h", NemotronHConfig, exist_ok=True)
-AutoModel.register(NemotronHConfig, NemotronHModel, exist_ok=True)
-AutoModelForCausalLM.register(NemotronHConfig, NemotronHForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(NemotronHConfig, NemotronHForSequenceClassification, exist_ok=True)
-AutoModelForTokenClassification.register(NemotronHConfig, NemotronHForTokenClassification, exist_ok=True)
+_before_first_use.append(_register_models)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "NemotronHCache":
+        from . import cache
+
+        value = cache.NemotronHCache
+    elif name in _MODELS:
+        from . import modeling
+
+        value = getattr(modeling, name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
 
 __all__ = [
     "NemotronHCache",

@@ -162,6 +162,10 @@ def _check_positive(name: str, value: Any, what: str = "integer", types: tuple[t
         _fail(f"{name} is {value!r}", f"give a positive {what}")
 
 
+# Called once, when the first config exists: what the package puts off until then (importing its model classes).
+_before_first_use: list[Callable[[], None]] = []
+
+
 class NemotronHConfig(PreTrainedConfig):
     """Configuration of a Nemotron-H model (Nemotron-H, Nemotron Nano 2, Nemotron 3). The defaults are Nemotron-H-8B's.
 
@@ -258,6 +262,8 @@ class NemotronHConfig(PreTrainedConfig):
         self._read_dtype(kwargs.pop("torch_dtype", None))
         super().__post_init__(**kwargs)
         self.validate()
+        while _before_first_use:
+            _before_first_use.pop()()
 
     def _read_dtype(self, torch_dtype: Any) -> None:
         # Both may be there and differ: from_pretrained(..., dtype=...) replaces one of them in the file's dictionary.

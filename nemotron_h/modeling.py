@@ -50,11 +50,11 @@ from .configuration import NemotronHConfig
 from .packing import document_ids, padding_mask, same_document, varlen_kwargs, whole_mask
 
 _FORWARD_KWARGS = frozenset(
-    {*TransformersKwargs.__optional_keys__, "shift_labels", "return_dict", "debug_io", "debug_io_dir", "prune_layers"}
+    {*TransformersKwargs.__optional_keys__, "return_dict", "debug_io", "debug_io_dir", "prune_layers"}
 )
 
 
-def _check_kwargs(kwargs: dict[str, Any]) -> None:
+def _check_kwargs(kwargs: Mapping[str, Any]) -> None:
     """Refuse what no layer would read, so that a misspelt argument is not lost."""
     if unknown := sorted(set(kwargs) - _FORWARD_KWARGS):
         value = kwargs[unknown[0]]
@@ -711,8 +711,8 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             logits_to_keep: compute the logits of the last so many positions only (0: all), or of the positions in
                 this index tensor.
         """
-        _check_kwargs(kwargs)
         shift_labels = kwargs.pop("shift_labels", None)
+        _check_kwargs(kwargs)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,6 +1,8 @@
 """After `import nemotron_h`, the Auto classes and pipelines give this package's classes, whatever the folder says."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -78,3 +80,16 @@ def test_classification_heads(kind):
     torch.testing.assert_close(out.logits, torch.nn.functional.linear(rows, model.score.weight, model.score.bias))
     out.loss.backward()
     assert model.model.embeddings.weight.grad.abs().sum() > 0
+
+
+def test_model_classes_wait_for_the_first_config():
+    """`import nemotron_h` is cheap; the first config, however made, brings the models, also under their own names."""
+    script = """
+import sys, nemotron_h
+assert "nemotron_h.modeling" not in sys.modules
+from transformers import AutoModelForCausalLM
+config = nemotron_h.NemotronHConfig(hybrid_override_pattern="-", hidden_size=8, intermediate_size=8, vocab_size=16)
+assert type(AutoModelForCausalLM.from_config(config)) is nemotron_h.NemotronHForCausalLM
+assert all(getattr(nemotron_h, name) for name in nemotron_h.__all__)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
