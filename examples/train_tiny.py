@@ -449,10 +449,12 @@ def write_folder(model, tokenizer, output: Path) -> None:
     The weights stay in float32, in which they were trained: three megabytes, and the fastest type on a CPU.
     """
     output.mkdir(parents=True, exist_ok=True)
-    model.config.use_cache = True  # Trainer switched it off
+    model.config.use_cache = True  # `Trainer` turns it off
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=[2, 12], pad_token_id=0, do_sample=False)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
+    for file in output.iterdir():
+        file.chmod(0o644)  # the weights are written for their owner alone
 
 
 def write_held_out(items: Iterable[Problem], output: Path) -> None:
@@ -506,7 +508,7 @@ in the *unseen* ones the sentences are worded in ways that training never has ei
 |---|---|---|
 {kinds}
 
-Training: {problems_seen:,} problems in {steps:,} steps of {batch_size}, {minutes} minutes on {threads} CPU thread(s).
+Training: {problems_seen:,} problems in {steps:,} steps of {batch_size}, {minutes} minutes on {threads} CPU thread(s).{note}
 
 ## Limits
 
@@ -523,8 +525,9 @@ def write_card(config, figures: dict, output: Path) -> None:
         rows.append(f"| {figures[split]['problems']} {name} | {think:.1%} | {at_once:.1%} |")
     think, at_once = (figures["held_out"][mode]["by_kind"] for mode in ("think", "no_think"))
     kinds = [f"| {kind} | {think[kind]:.0%} | {at_once[kind]:.0%} |" for kind in think]
+    training = figures["training"]
     text = CARD.format(
-        **figures["training"],
+        **training | {"note": f" {training['note']}" if training.get("note") else ""},
         pattern=config.hybrid_override_pattern,
         dtype=str(config.dtype).removeprefix("torch."),
         rows="\n".join(rows),

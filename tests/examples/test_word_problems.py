@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -318,6 +319,7 @@ def test_orthogonalised_keeps_the_directions(train_tiny):
 def test_script_trains_resumes_and_writes_a_folder(train_tiny, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
+    monkeypatch.setattr(train_tiny, "train_tokenizer", partial(train_tiny.train_tokenizer, sample=500))
     output = tmp_path / "model"
     command = f"train_tiny.py --output {output} --problems 48 --batch-size 8 --hidden-size 32 --vocab-size 512"
     monkeypatch.setattr(sys, "argv", f"{command} --held-out 4 --minutes 5 --save-steps 4".split())
