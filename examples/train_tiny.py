@@ -508,7 +508,8 @@ in the *unseen* ones the sentences are worded in ways that training never has ei
 |---|---|---|
 {kinds}
 
-Training: {problems_seen:,} problems in {steps:,} steps of {batch_size}, {minutes} minutes on {threads} CPU thread(s).{note}
+Training: {problems_seen:,} problems in {steps:,} steps of {batch_size}, {minutes} minutes on
+{threads} CPU thread(s).{note}
 
 ## Limits
 
