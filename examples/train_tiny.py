@@ -515,7 +515,7 @@ Training: {problems_seen:,} problems in {steps:,} steps of {batch_size}, {minute
 
 Words outside the training vocabulary are spelled in pieces and often misread. Division, fractions, more than four
 steps, numbers above 999 and questions with numbers that do not matter are outside what it has seen. Without reasoning
-it is mostly wrong: that difference is what it is there to show.
+it is nearly always wrong: that difference is what it is there to show.
 """
 
 
