@@ -43,6 +43,7 @@ def test_left_padding_counted_by_generate_is_not_a_pack():
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1]]).bool()
     assert documents(mask=mask, position_ids=torch.tensor([[1, 1, 1, 0, 1, 2, 3]])) is None
     assert documents(mask=mask, position_ids=torch.tensor([[0, 0, 0, 0, 1, 0, 1]])) == [[0, 0, 0, 0, 0, 1, 1]]
+    assert documents(mask=mask, position_ids=torch.tensor([[0, 0, 0, 0, 1, 7, 8]])) is None
 
 
 @pytest.mark.parametrize("name", ["cu_seq_lens_q", "cu_seq_lens_k"])
