@@ -158,7 +158,8 @@ def test_sdpa_has_no_attentions_and_says_so(caplog):
     """As everywhere in the library: a warning and nothing recorded; the logits are the same."""
     model, ids = small_model("dense"), tokens(1, 5)
     logging.Logger.warning_once.cache_clear()  # the library says it once a process, and another test may have heard it
-    with caplog.at_level(logging.WARNING), mock.patch.object(logging.getLogger("transformers"), "propagate", True):
+    library = logging.getLogger("transformers")  # the command line, run in this process, turns its voice down
+    with caplog.at_level(logging.WARNING, logger="transformers"), mock.patch.object(library, "propagate", True):
         out = model(ids, output_attentions=True)
     assert not out.attentions
     assert "`sdpa` attention does not support `output_attentions=True`" in caplog.text
