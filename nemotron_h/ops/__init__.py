@@ -5,13 +5,18 @@ from .documents import document_index
 from .gated_norm import gated_rms_norm, rms_norm
 from .moe import router
 from .precision import without_autocast
+from .quantized import dequantize_weight, quantize_weight, quantized_experts_linear, quantized_linear
 from .ssd import DEFAULT_CHUNK_SIZE, ssd, ssd_step, time_step
 
 __all__ = [
     "DEFAULT_CHUNK_SIZE",
     "causal_conv",
+    "dequantize_weight",
     "document_index",
     "gated_rms_norm",
+    "quantize_weight",
+    "quantized_experts_linear",
+    "quantized_linear",
     "rms_norm",
     "router",
     "ssd",
