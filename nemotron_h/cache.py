@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 )
 
 from .compat import DummyLayer
+from .ops.blocks import wants_gradient
 
 if TYPE_CHECKING:
     from .configuration import NemotronHConfig
@@ -151,11 +152,67 @@ class MambaLayer(LinearAttentionCacheLayerMixin):
         self._map_rows(lambda tensor: tensor[indices.to(tensor.device)])
 
 
+class _Room:
+    """Buffers with room for more tokens than they hold. Layers copied from each other share one, and only the layer
+    that has seen exactly `filled` tokens may go on in it: what another one still sees is never overwritten."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
+        self.keys, self.values, self.filled = keys, values, 0
+
+
 class GrowingLayer(DynamicLayer):
-    """Keys and values that grow; `reset` empties them (the library's own zeroes them and keeps their length)."""
+    """Keys and values that grow, in place in buffers with room (the library's own copies all of them at every token);
+    `reset` empties them (the library's own zeroes them and keeps their length).
+
+    With a gradient, and while tracing, they are concatenated.
+    """
+
+    keys: Any
+    values: Any
+    is_initialized: bool
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._room: _Room | None = None
+        self._views: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.expected_length = 0  # tokens that will come: buffers are made for that many
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        before = self.get_seq_length()
+        held = (self.keys, self.values) if before else ()
+        if torch.compiler.is_compiling() or wants_gradient(key_states, value_states, *held):
+            self._room = self._views = None
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        after = before + key_states.shape[-2]
+        room = self._room
+        ours = self._views is not None and self.keys is self._views[0] and self.values is self._views[1]
+        if not (room is not None and ours and room.filled == before and after <= room.keys.shape[-2]):
+            # An eighth more, so that a token costs the copying of nine on average, and a prefill nothing.
+            length = max(self.expected_length, after if before == 0 else after + after // 8 + 64)
+            shapes = ((*t.shape[:-2], length, t.shape[-1]) for t in (key_states, value_states))
+            room = self._room = _Room(
+                *(t.new_empty(s) for t, s in zip((key_states, value_states), shapes, strict=True))
+            )
+            if before:
+                room.keys[..., :before, :] = self.keys
+                room.values[..., :before, :] = self.values
+        room.keys[..., before:after, :] = key_states
+        room.values[..., before:after, :] = value_states
+        room.filled = after
+        self._views = room.keys[..., :after, :], room.values[..., :after, :]
+        self.keys, self.values = self._views
+        return self._views
+
+    def offload(self) -> None:
+        self._room = self._views = None
+        super().offload()
 
     def reset(self) -> None:
-        self.keys = self.values = None
+        self.keys = self.values = self._room = self._views = None
         self.is_initialized = False
 
 
@@ -304,6 +361,13 @@ def cache_length(cache: Cache | None) -> int | torch.Tensor:
         return cache.get_seq_length()
     layer = NemotronHCache._length_layer(cache)  # type: ignore[arg-type]
     return 0 if layer is None else layer.get_seq_length()
+
+
+def grows(cache: Cache | None) -> bool:
+    """Whether the keys that an attention layer gets back from `update` end with the new ones: no room after them."""
+    return cache is None or all(
+        type(layer) in (GrowingLayer, DynamicLayer) for layer in cache.layers if isinstance(layer, CacheLayerMixin)
+    )
 
 
 def check_room(cache: Cache, batch: int, length: int) -> None:

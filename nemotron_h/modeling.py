@@ -11,7 +11,7 @@ heads, Q head dim of attention, V vocabulary.
 
 # No `from __future__ import annotations` here: transformers reads the annotations of the forwards as objects.
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,11 +31,12 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from typing_extensions import Unpack
 
 from . import ops
-from .cache import MambaLayer, NemotronHCache, cache_length, check_room
+from .cache import MambaLayer, NemotronHCache, cache_length, check_room, grows
 from .checkpoints import published
 from .compat import (
     CACHE_NAME,
@@ -47,6 +48,14 @@ from .compat import (
     rename_cache_kwarg,
 )
 from .configuration import NemotronHConfig
+from .layers import (
+    Float32Parameters,
+    NemotronHConv1d,
+    NemotronHLinear,
+    NemotronHRMSNorm,
+    NemotronHRMSNormGated,
+    parameter_dtype,
+)
 from .packing import document_ids, padding_mask, same_document, varlen_kwargs, whole_mask
 
 _FORWARD_KWARGS = frozenset(
@@ -65,87 +74,7 @@ def _check_kwargs(kwargs: Mapping[str, Any]) -> None:
         )
 
 
-def _parameter_dtype() -> torch.dtype:
-    """float32 for the parameters that keep it in a half-precision model, float64 in a float64 model."""
-    return torch.promote_types(torch.get_default_dtype(), torch.float32)
-
-
-class _Float32Parameters(nn.Module):
-    """A module whose own parameters stay float32 when the model is cast to half precision.
-
-    `dtype=` of `from_pretrained` is handled by `_keep_in_fp32_modules_strict`; this is for `.to(dtype)`, `.half()`,
-    `.bfloat16()`, which would round A_log, D, dt_bias and the router away from what the checkpoint says.
-    """
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        def keep_float32(tensor: Tensor) -> Tensor:
-            new = fn(tensor)
-            rounded = new.is_floating_point() and new.dtype.itemsize < 4 <= tensor.dtype.itemsize
-            return tensor.to(new.device, torch.float32) if rounded else new
-
-        if recurse:
-            for child in self.children():
-                child._apply(fn)
-        return super()._apply(keep_float32, recurse=False)
-
-
-class NemotronHRMSNorm(nn.Module):
-    def __init__(self, hidden_size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.variance_epsilon = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.variance_epsilon)
-
-    def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
-
-
-class NemotronHRMSNormGated(nn.Module):
-    """RMSNorm_grouped(y * silu(z)): the gate before the norm, the weight after it, `n_groups` groups."""
-
-    def __init__(self, hidden_size: int, n_groups: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.variance_epsilon = eps
-        self.n_groups = n_groups
-
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        return ops.gated_rms_norm(y, z, self.weight, self.variance_epsilon, self.n_groups)
-
-
-class NemotronHConv1d(nn.Conv1d):
-    """The depthwise causal convolution, with its activation.
-
-    A module that is called, where its weight could be read: what brings weights in for a module's call (offloading,
-    sharding) would not know of the reading.
-    """
-
-    def __init__(self, channels: int, kernel_size: int, bias: bool, activation: str):
-        super().__init__(channels, channels, kernel_size, groups=channels, padding=kernel_size - 1, bias=bias)
-        self.activation = activation
-
-    def forward(  # type: ignore[override]
-        self,
-        xBC_BLC: Tensor,
-        window_BCW: Tensor | None = None,
-        mask_BL: Tensor | None = None,
-        seq_idx_BL: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(B, L, C) after (B, C, W) -> (B, L, C), and the window for what comes next."""
-        return ops.causal_conv(
-            xBC_BLC,
-            self.weight.squeeze(1),
-            self.bias,
-            window_BCW=window_BCW,
-            mask_BL=mask_BL,
-            seq_idx_BL=seq_idx_BL,
-            activation=self.activation,
-        )
-
-
-class NemotronHMamba2Mixer(_Float32Parameters):
+class NemotronHMamba2Mixer(Float32Parameters):
     def __init__(self, config: NemotronHConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
@@ -159,16 +88,16 @@ class NemotronHMamba2Mixer(_Float32Parameters):
         self.chunk_size = min(config.chunk_size, ops.DEFAULT_CHUNK_SIZE)
         self.time_step_limit = cast(tuple[float, float], tuple(config.time_step_limit))
 
-        self.in_proj = nn.Linear(config.hidden_size, config.in_proj_size, bias=config.mamba_proj_bias)
+        self.in_proj = NemotronHLinear(config.hidden_size, config.in_proj_size, bias=config.mamba_proj_bias)
         self.conv1d = NemotronHConv1d(
             self.conv_dim, config.conv_kernel, bias=config.use_conv_bias, activation=config.mamba_hidden_act
         )
-        dtype = _parameter_dtype()
+        dtype = parameter_dtype()
         self.dt_bias = nn.Parameter(torch.ones(self.num_heads, dtype=dtype))
         self.A_log = nn.Parameter(torch.zeros(self.num_heads, dtype=dtype))
         self.D = nn.Parameter(torch.ones(self.num_heads, dtype=dtype))
         self.norm = NemotronHRMSNormGated(self.intermediate_size, self.n_groups, config.layer_norm_epsilon)
-        self.out_proj = nn.Linear(self.intermediate_size, config.hidden_size, bias=config.mamba_proj_bias)
+        self.out_proj = NemotronHLinear(self.intermediate_size, config.hidden_size, bias=config.mamba_proj_bias)
 
     def forward(
         self,
@@ -184,9 +113,27 @@ class NemotronHMamba2Mixer(_Float32Parameters):
         window_BCW = memory.window_BCW if memory is not None else None
         state_BHPN = memory.state_BHPN if memory is not None else None
 
-        z_BLI, xBC_BLC, dt_BLH = self.in_proj(x_BLD).split(
-            [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
-        )
+        projected = self.in_proj(x_BLD)
+        if memory is not None and length == 1 and window_BCW is not None and state_BHPN is not None and mask_BL is None:
+            y_BI = ops.mamba_step(
+                projected[:, 0],
+                window_BCW,
+                state_BHPN,
+                self.conv1d.weight.squeeze(1),
+                self.conv1d.bias,
+                self.dt_bias,
+                self.A_log,
+                self.D,
+                self.norm.weight,
+                groups=self.n_groups,
+                activation=self.conv1d.activation,
+                time_step_limit=self.time_step_limit,
+                eps=self.norm.variance_epsilon,
+            )
+            if y_BI is not None:
+                memory.update(window_BCW, state_BHPN, length)
+                return self.out_proj(y_BI.unsqueeze(1))
+        z_BLI, xBC_BLC, dt_BLH = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
         xBC_BLC, window_BCW = self.conv1d(xBC_BLC, window_BCW=window_BCW, mask_BL=mask_BL, seq_idx_BL=seq_idx_BL)
         x_BLI, B_BLGN, C_BLGN = xBC_BLC.split(
             [self.intermediate_size] + [self.n_groups * self.ssm_state_size] * 2, dim=-1
@@ -234,20 +181,29 @@ class NemotronHAttention(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
+        self.q_proj = NemotronHLinear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = NemotronHLinear(config.hidden_size, keys, bias=config.attention_bias)
+        self.v_proj = NemotronHLinear(config.hidden_size, keys, bias=config.attention_bias)
+        self.o_proj = NemotronHLinear(queries, config.hidden_size, bias=config.attention_bias)
 
     def forward(
-        self, x_BLD: Tensor, cache: Cache | None = None, attention_mask: Any = None, **kwargs: Any
+        self,
+        x_BLD: Tensor,
+        cache: Cache | None = None,
+        attention_mask: Any = None,
+        plainly_causal: bool = False,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        """With `plainly_causal` the queries are the last of the keys' positions and see all keys before them."""
         shape = (*x_BLD.shape[:-1], -1, self.head_dim)
         q_BALQ, k_BALQ, v_BALQ = (
             proj(x_BLD).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if cache is not None:
             k_BALQ, v_BALQ = cache.update(k_BALQ, v_BALQ, self.layer_idx)
+        if plainly_causal:
+            y_BALQ = ops.causal_attention(q_BALQ, k_BALQ, v_BALQ, self.scaling)
+            return self.o_proj(y_BALQ.transpose(1, 2).reshape(*x_BLD.shape[:-1], -1)), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager_attention)
         y_BLAQ, weights = attend(
             self,
@@ -286,15 +242,15 @@ def _eager_attention(
 class NemotronHMLP(nn.Module):
     def __init__(self, config: NemotronHConfig, intermediate_size: int):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.up_proj = NemotronHLinear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.down_proj = NemotronHLinear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.mlp_hidden_act]
 
     def forward(self, x: Tensor, **_: Any) -> Tensor:
         return self.down_proj(self.act_fn(self.up_proj(x)))
 
 
-class NemotronHTopkRouter(_Float32Parameters):
+class NemotronHTopkRouter(Float32Parameters):
     """Sigmoid router in float32; the correction bias decides which experts are chosen, never their weight."""
 
     e_score_correction_bias: Tensor
@@ -306,7 +262,7 @@ class NemotronHTopkRouter(_Float32Parameters):
         self.topk_group = config.topk_group
         self.norm_topk_prob = config.norm_topk_prob
         self.routed_scaling_factor = config.routed_scaling_factor
-        dtype = _parameter_dtype()
+        dtype = parameter_dtype()
         self.weight = nn.Parameter(torch.zeros(config.n_routed_experts, config.hidden_size, dtype=dtype))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=dtype))
 
@@ -377,8 +333,8 @@ class NemotronHMoE(nn.Module):
         self.shared_experts = NemotronHMLP(config, config.moe_shared_expert_intermediate_size)
         if config.moe_latent_size:
             width, latent, bias = config.hidden_size, config.moe_latent_size, config.mlp_bias
-            self.fc1_latent_proj: nn.Module = nn.Linear(width, latent, bias=bias)
-            self.fc2_latent_proj: nn.Module = nn.Linear(latent, width, bias=bias)
+            self.fc1_latent_proj: nn.Module = NemotronHLinear(width, latent, bias=bias)
+            self.fc2_latent_proj: nn.Module = NemotronHLinear(latent, width, bias=bias)
         else:
             self.fc1_latent_proj = self.fc2_latent_proj = nn.Identity()
 
@@ -450,11 +406,19 @@ class NemotronHPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """`PreTrainedModel.from_pretrained`, which also refuses files that are cut short or lack tensors.
 
+        Args:
+            quantize: "int8" or "int4": the linear layers and routed experts in so many bits, made while loading.
+
         Raises:
             OSError: a file cannot be read.
-            ValueError: a tensor is missing, or has another shape than the config says.
+            ValueError: a tensor is missing, or has another shape than the config says; `quantize` is not known, or the
+                model is quantised already.
         """
         source = pretrained_model_name_or_path
+        if (quantize := kwargs.pop("quantize", None)) is not None:
+            from .quantization import config_for
+
+            kwargs["quantization_config"] = config_for(quantize, source, kwargs)
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         try:
             model, info = super().from_pretrained(
@@ -604,10 +568,13 @@ class NemotronHModel(NemotronHPreTrainedModel):
         if use_cache and cache is None:
             cache = NemotronHCache(self.config)
 
+        plainly_causal = False
         if prepared is not None:
             attention_mask = prepared["attention"]
         elif "attention" not in self.config.layers_block_type:
             attention_mask = None
+        elif seq_idx_BL is None and self._is_plainly_causal(x_BLD, attention_mask, cache, kwargs):
+            attention_mask, plainly_causal = None, True
         elif seq_idx_BL is not None:
             varlen = varlen_kwargs(self.config, seq_idx_BL)
             kwargs |= varlen
@@ -626,11 +593,32 @@ class NemotronHModel(NemotronHPreTrainedModel):
                 mask_BL=mask_BL,
                 seq_idx_BL=seq_idx_BL,
                 cache=cache,
+                plainly_causal=plainly_causal,
                 **kwargs,
             )
         return NemotronHModelOutput(
             last_hidden_state=self.norm_f(x_BLD.to(self.norm_f.weight.dtype)),
             **{CACHE_NAME: cache if use_cache else None},
+        )
+
+    def _is_plainly_causal(self, x_BLD: Tensor, attention_mask: Any, cache: Cache | None, kwargs: Any) -> bool:
+        """Whether "sdpa" may run without the library's mask: inference over rows without padding, keys that end with
+        the queries. Whether a mask is all ones is asked of an accelerator before a multi-token step only."""
+        return (
+            self.config._attn_implementation == "sdpa"
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and not is_tracing(x_BLD)
+            and not (self.training and self.config.attention_dropout)
+            and grows(cache)
+            and (
+                attention_mask is None
+                or (
+                    attention_mask.ndim == 2
+                    and (x_BLD.shape[1] > 1 or attention_mask.device.type == "cpu")
+                    and bool(attention_mask.all())
+                )
+            )
         )
 
 
@@ -648,7 +636,7 @@ class NemotronHMTPLayer(NemotronHBlock):
         if first:
             self.enorm = NemotronHRMSNorm(width, eps)
             self.hnorm = NemotronHRMSNorm(width, eps)
-            self.eh_proj = nn.Linear(2 * width, width, bias=False)
+            self.eh_proj = NemotronHLinear(2 * width, width, bias=False)
         if last:
             self.final_layernorm = NemotronHRMSNorm(width, eps)
 
@@ -677,7 +665,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = NemotronHModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = NemotronHLinear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = NemotronHMultiTokenPredictor(config) if config.has_mtp else None
         self.post_init()
 
@@ -728,8 +716,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         x_BLD = outputs.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         x_BLD = x_BLD[:, keep]
-        # Two-dimensional: with a frozen weight torch turns a linear of a 3-D slice into a batched product that first
-        # copies the whole weight (3.7 s against 0.08 s at vocabulary 131,072).
+        # Two-dimensional whatever the head is by now (a resized or adapted one): see ops.linear.
         logits_TV = self.lm_head(x_BLD.reshape(-1, x_BLD.shape[-1]))
         logits_BLV = logits_TV.view(*x_BLD.shape[:-1], logits_TV.shape[-1])
         logits_BLV = logits_BLV.to(torch.promote_types(logits_BLV.dtype, torch.float32))

@@ -1,8 +1,11 @@
 """The mathematics of Nemotron-H: plain tensors in and out, no config, no module, no cache."""
 
+from .attention import causal_attention
 from .causal_conv import causal_conv
 from .documents import document_index
 from .gated_norm import gated_rms_norm, rms_norm
+from .linear import linear
+from .mamba_step import mamba_step
 from .moe import router
 from .precision import without_autocast
 from .quantized import dequantize_weight, quantize_weight, quantized_experts_linear, quantized_linear
@@ -10,10 +13,13 @@ from .ssd import DEFAULT_CHUNK_SIZE, ssd, ssd_step, time_step
 
 __all__ = [
     "DEFAULT_CHUNK_SIZE",
+    "causal_attention",
     "causal_conv",
     "dequantize_weight",
     "document_index",
     "gated_rms_norm",
+    "linear",
+    "mamba_step",
     "quantize_weight",
     "quantized_experts_linear",
     "quantized_linear",

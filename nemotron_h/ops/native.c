@@ -1,0 +1,437 @@
+/* Decoding on a CPU: what a token costs beyond reading the weights once. Built by native.py where a C compiler is found;
+ * everything here has a torch implementation that computes the same.
+ *
+ * linear      y = W x for few rows of x: the weights are read from memory once, however many rows there are
+ * mamba_step  a Mamba-2 mixer between its two projections, for one token, states updated in place
+ * attend      grouped-query attention of one query position over keys and values, both read once
+ *
+ * Everything accumulates in float32. Vectors are 8 floats wide (GCC and Clang vector extensions; any instruction set).
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+/* Vectors that may lie at any address of their elements' alignment, over memory of any type. */
+#define VECTOR(TYPE, BYTES) TYPE __attribute__((vector_size(BYTES), aligned(sizeof(TYPE)), may_alias))
+typedef VECTOR(float, 32) v8f;
+typedef VECTOR(int32_t, 32) v8i;
+typedef VECTOR(int16_t, 32) v16s;
+typedef VECTOR(uint16_t, 32) v16u;
+typedef uint32_t v8u __attribute__((vector_size(32), aligned(2), may_alias));
+#define INLINE static inline __attribute__((always_inline))
+
+enum { F32 = 0, BF16 = 1, Q8 = 2, Q4 = 3 };
+
+INLINE float from_bf16(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, 4);
+    return value;
+}
+
+/* Round to nearest even; a NaN stays one. */
+INLINE uint16_t to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if (value != value) return (uint16_t)((bits >> 16) | 64);
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+INLINE float load(const void *x, int type, int64_t i) {
+    return type == BF16 ? from_bf16(((const uint16_t *)x)[i]) : ((const float *)x)[i];
+}
+
+INLINE void store(void *y, int type, int64_t i, float value) {
+    if (type == BF16) ((uint16_t *)y)[i] = to_bf16(value);
+    else ((float *)y)[i] = value;
+}
+
+INLINE float total(v8f v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+INLINE v8f splat(float s) { return (v8f){s, s, s, s, s, s, s, s}; }
+/* ---------------------------------------------------------------------------------------------------------- linear */
+
+/* Eight sums of two products each, of sixteen signed 16-bit numbers. */
+INLINE v8i pair_products(v16s a, v16s b) {
+#ifdef __AVX2__
+    return (v8i)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    v8i sum;
+    for (int i = 0; i < 8; i++) sum[i] = a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+    return sum;
+#endif
+}
+
+/* Sixteen int8 as 16-bit numbers. */
+INLINE v16s widen(const int8_t *w) {
+#ifdef __AVX2__
+    return (v16s)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)w));
+#else
+    v16s wide;
+    for (int i = 0; i < 16; i++) wide[i] = w[i];
+    return wide;
+#endif
+}
+
+/* 64 int4 are 16 lanes of 16 bits, input 16 t + lane the nibble at bit 4 t; so 32 of them, with the inputs they meet. */
+INLINE v8f halves(v16u word, const v16s *x, int half) {
+    const v16u first = half ? word >> 8 : word, second = half ? word >> 12 : word >> 4;
+    const v8i sum = pair_products((v16s)(first & 15), x[2 * half]) + pair_products((v16s)(second & 15), x[2 * half + 1]);
+    return __builtin_convertvector(sum, v8f);
+}
+
+/* Rows of x as the kernels read them, zero-padded to `padded` inputs. For float32 weights as they are; for bfloat16
+ * even and odd inputs apart, since a 32-bit lane holds a pair of weights. Quantised weights meet x as 16-bit integers
+ * with a scale for each 32 inputs: half a unit of 2^-15 of the largest of them, where bfloat16 itself rounds each to
+ * 2^-9 of its size. */
+typedef struct {
+    float *plain;    /* (M, padded) */
+    int16_t *fixed;  /* (M, padded) */
+    float *unit;     /* (M, padded / 32) what one of `fixed` stands for */
+    float *offset;   /* (M, padded / 32) int4: -8 times the sum of each 32 inputs */
+} Rows;
+
+static void arrange(const void *x, int xtype, int wtype, int64_t K, int64_t padded, int64_t m, Rows rows) {
+    if (wtype == F32 || wtype == BF16) {
+        float *out = rows.plain + m * padded;
+        for (int64_t k = 0; k < padded; k += 16)
+            for (int i = 0; i < 16; i++) {
+                const int64_t from = k + (wtype == BF16 ? 2 * (i % 8) + i / 8 : i);
+                out[k + i] = from < K ? load(x, xtype, m * K + from) : 0;
+            }
+        return;
+    }
+    for (int64_t g = 0; g < padded / 32; g++) {
+        float in[32], largest = 0;
+        for (int i = 0; i < 32; i++) {
+            in[i] = 32 * g + i < K ? load(x, xtype, m * K + 32 * g + i) : 0;
+            largest = fmaxf(largest, fabsf(in[i]));
+        }
+        const float unit = largest / 32767, inverse = largest > 0 ? 32767 / largest : 0;
+        int32_t sum = 0;
+        for (int i = 0; i < 32; i++) {
+            const int32_t value = (int32_t)rintf(in[i] * inverse);
+            rows.fixed[m * padded + 32 * g + i] = (int16_t)value;
+            sum += value;
+        }
+        rows.unit[m * (padded / 32) + g] = unit;
+        rows.offset[m * (padded / 32) + g] = -8 * unit * (float)sum;
+    }
+}
+
+/* R rows of weights with M rows of x from row `m` on: out[r][i] = sum_k W[r][k] x[m + i][k]. R, M and the types are
+ * constants where this is inlined. */
+INLINE void dots(int wtype, int R, int M, const void *w, const uint16_t *scale, int64_t K, int64_t padded, Rows x, int64_t m,
+                 float out[4][4]) {
+    v8f acc[4][4];
+    const int64_t groups = padded / 32;
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < M; i++) acc[r][i] = splat(0);
+    if (wtype == F32) {
+        const float *W = w, *in = x.plain + m * padded;
+        int64_t k = 0;
+        for (; k + 8 <= K; k += 8)
+            for (int r = 0; r < R; r++) {
+                const v8f a = *(const v8f *)(W + r * K + k);
+                for (int i = 0; i < M; i++) acc[r][i] += a * *(const v8f *)(in + i * padded + k);
+            }
+        for (; k < K; k++)
+            for (int r = 0; r < R; r++)
+                for (int i = 0; i < M; i++) acc[r][i][0] += W[r * K + k] * in[i * padded + k];
+    } else if (wtype == BF16) {
+        const uint16_t *W = w;
+        const float *in = x.plain + m * padded;
+        int64_t k = 0;
+        for (; k + 16 <= K; k += 16)
+            for (int r = 0; r < R; r++) {
+                __builtin_prefetch(W + (R + r) * K + k); /* the next rows: the hardware stops at a page's end */
+                const v8u pair = *(const v8u *)(W + r * K + k);
+                const v8f even = (v8f)(pair << 16), odd = (v8f)(pair & 0xffff0000u);
+                for (int i = 0; i < M; i++) {
+                    acc[r][i] += even * *(const v8f *)(in + i * padded + k);
+                    acc[r][i] += odd * *(const v8f *)(in + i * padded + k + 8);
+                }
+            }
+        for (int j = 0; k + j < K; j++)
+            for (int r = 0; r < R; r++)
+                for (int i = 0; i < M; i++)
+                    acc[r][i][0] += from_bf16(W[r * K + k + j]) * in[i * padded + k + j / 2 + 8 * (j % 2)];
+    } else if (wtype == Q8) {
+        const int8_t *W = w;
+        const int16_t *in = x.fixed + m * padded;
+        const float *unit = x.unit + m * groups;
+        int64_t g = 0;
+        for (; 32 * g + 32 <= K; g++)
+            for (int r = 0; r < R; r++) {
+                __builtin_prefetch(W + (R + r) * K + 32 * g);
+                const v16s a = widen(W + r * K + 32 * g), b = widen(W + r * K + 32 * g + 16);
+                for (int i = 0; i < M; i++) {
+                    const v16s *v = (const v16s *)(in + i * padded + 32 * g);
+                    const v8i sum = pair_products(a, v[0]) + pair_products(b, v[1]);
+                    acc[r][i] += __builtin_convertvector(sum, v8f) * splat(unit[i * groups + g]);
+                }
+            }
+        for (int64_t k = 32 * g; k < K; k++)
+            for (int r = 0; r < R; r++)
+                for (int i = 0; i < M; i++) acc[r][i][0] += W[r * K + k] * in[i * padded + k] * unit[i * groups + g];
+    } else {
+        const uint16_t *W = w;
+        const int16_t *in = x.fixed + m * padded;
+        const float *unit = x.unit + m * groups, *offset = x.offset + m * groups;
+        int64_t g = 0;
+        for (; g + 8 <= groups; g += 8) {
+            v8f size[4][4];
+            for (int r = 0; r < R; r++) {
+                float s[8];
+                for (int j = 0; j < 8; j++) s[j] = from_bf16(scale[r * groups + g + j]);
+                for (int i = 0; i < M; i++) {
+                    size[r][i] = *(v8f *)s * *(const v8f *)(unit + i * groups + g);
+                    acc[r][i] += *(v8f *)s * *(const v8f *)(offset + i * groups + g);
+                }
+            }
+#pragma GCC unroll 4
+            for (int pair = 0; pair < 4; pair++)
+                for (int r = 0; r < R; r++) {
+                    const uint16_t *at = W + r * (padded / 4) + 8 * g + 16 * pair;
+                    if (pair % 2 == 0) __builtin_prefetch((const char *)at + R * (padded / 2));
+                    const v16u word = *(const v16u *)at;
+                    for (int i = 0; i < M; i++) {
+                        const v16s *v = (const v16s *)(in + i * padded + 32 * g + 64 * pair);
+                        acc[r][i] += halves(word, v, 0) * splat(size[r][i][2 * pair]);
+                        acc[r][i] += halves(word, v, 1) * splat(size[r][i][2 * pair + 1]);
+                    }
+                }
+        }
+        for (; g < groups; g += 2)
+            for (int r = 0; r < R; r++) {
+                const v16u word = *(const v16u *)(W + r * (padded / 4) + 8 * g);
+                for (int i = 0; i < M; i++)
+                    for (int half = 0; half < 2; half++) {
+                        const v16s *v = (const v16s *)(in + i * padded + 32 * g);
+                        const float s = from_bf16(scale[r * groups + g + half]);
+                        acc[r][i] += halves(word, v, half) * splat(s * unit[i * groups + g + half]);
+                        acc[r][i][0] += s * offset[i * groups + g + half];
+                    }
+            }
+    }
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < M; i++) out[r][i] = total(acc[r][i]);
+}
+
+typedef struct {
+    const char *weight;
+    const float *row_scale;  /* int8 */
+    const uint16_t *scale;   /* int4 */
+    int64_t N, K, padded, row_bytes;
+    Rows x;
+    char *y;
+    int ytype;
+} Linear;
+
+INLINE void block(int wtype, int R, int M, Linear l, int64_t n, int64_t m) {
+    float out[4][4];
+    dots(wtype, R, M, l.weight + n * l.row_bytes, l.scale ? l.scale + n * (l.padded / 32) : 0, l.K, l.padded, l.x, m, out);
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < M; i++)
+            store(l.y, l.ytype, (m + i) * l.N + n + r, l.row_scale ? out[r][i] * l.row_scale[n + r] : out[r][i]);
+}
+
+/* Rows n .. n + R of the weights with rows m .. end of x, four at a time: from the second time on out of the cache. */
+INLINE void rows(int wtype, int R, Linear l, int64_t n, int64_t m, int64_t end) {
+    for (; m + 4 <= end; m += 4) block(wtype, R, 4, l, n, m);
+    if (end - m == 3) block(wtype, R, 3, l, n, m);
+    else if (end - m == 2) block(wtype, R, 2, l, n, m);
+    else if (end - m == 1) block(wtype, R, 1, l, n, m);
+}
+
+INLINE void four(int wtype, Linear l, int64_t n, int64_t m, int64_t end) {
+    if (n + 4 > l.N)
+        for (; n < l.N; n++) rows(wtype, 1, l, n, m, end);
+    else if (end - m == 1)
+        block(wtype, 4, 1, l, n, m);
+    else {
+        rows(wtype, 2, l, n, m, end);
+        rows(wtype, 2, l, n + 2, m, end);
+    }
+}
+
+/* y (M, N) = x (M, K) W^T, W (N, K); with `expert` (M,), row m meets W[expert[m]] of W (E, N, K).
+ * scale: float32 (N,) for int8, bfloat16 (N, padded / 32) for int4, with a leading E where there are experts.
+ * Returns 0, or 1 where memory ran out. */
+int nh_linear(int wtype, int xtype, const void *weight, const void *scale, const void *x, void *y, int64_t M, int64_t N,
+              int64_t K, const int64_t *expert) {
+    const int64_t padded = (K + 63) / 64 * 64, groups = padded / 32, steps = (N + 3) / 4, sets = expert ? M : 1;
+    const int64_t row_bytes = wtype == F32 ? 4 * K : wtype == BF16 ? 2 * K : wtype == Q8 ? K : padded / 2;
+    float *memory = malloc(sizeof(float) * M * (padded + 2 * groups));
+    if (!memory) return 1;
+    const Rows in = {memory, (int16_t *)memory, memory + M * padded, memory + M * (padded + groups)};
+#pragma omp parallel for if (M > 4)
+    for (int64_t m = 0; m < M; m++) arrange(x, xtype, wtype, K, padded, m, in);
+    /* Dynamic: a machine shared with others does not run its cores at one speed. */
+#pragma omp parallel for schedule(dynamic, 16) if (sets * N * K > 16384)
+    for (int64_t task = 0; task < sets * steps; task++) {
+        const int64_t set = task / steps, n = task % steps * 4, e = expert ? expert[set] : 0;
+        const int64_t m = expert ? set : 0, end = expert ? set + 1 : M;
+        const Linear l = {(const char *)weight + e * N * row_bytes,
+                          wtype == Q8 ? (const float *)scale + e * N : 0,
+                          wtype == Q4 ? (const uint16_t *)scale + e * N * groups : 0,
+                          N, K, padded, row_bytes, in, y, xtype};
+        if (wtype == F32) four(F32, l, n, m, end);
+        else if (wtype == BF16) four(BF16, l, n, m, end);
+        else if (wtype == Q8) four(Q8, l, n, m, end);
+        else four(Q4, l, n, m, end);
+    }
+    free(memory);
+    return 0;
+}
+
+/* ------------------------------------------------------------------------------------------------------ mamba_step */
+
+INLINE float silu(float x) { return x / (1 + expf(-x)); }
+
+typedef struct {
+    int64_t heads, head_dim, groups, state, width; /* width: convolution kernel - 1 */
+    float dt_min, dt_max, eps;
+} Mamba;
+
+/* A Mamba-2 mixer between in_proj and out_proj, for one token of B rows.
+ *
+ * projected (B, 2 I + 2 G N + H): z, x, B, C, dt; window (B, I + 2 G N, width) and state (B, H, P, N) are moved on in
+ * place; y (B, I). Activations, window and weights (convolution, norm) have `type`; dt_bias, A_log, D, state are float32.
+ * What the chunked form rounds to `type` (the convolution's and the scan's results) is rounded here too.
+ * A group shares nothing with another, the final norm included, so a thread takes groups. */
+int nh_mamba_step(int type, Mamba d, int64_t batch, const void *projected, void *window, const void *conv_weight,
+                  const void *conv_bias, const float *dt_bias, const float *A_log, const float *D, float *state,
+                  const void *norm_weight, void *y) {
+    const int64_t inner = d.heads * d.head_dim, N = d.state, channels = inner + 2 * d.groups * N;
+    const int64_t per_group = d.heads / d.groups, span = inner / d.groups, row = inner + channels + d.heads;
+    float *memory = malloc(sizeof(float) * batch * d.groups * (span + 2 * N));
+    if (!memory) return 1;
+#pragma omp parallel for schedule(dynamic, 1) if (batch * d.heads * d.head_dim * N > 8192)
+    for (int64_t task = 0; task < batch * d.groups; task++) {
+        const int64_t b = task / d.groups, g = task % d.groups, z = b * row, xBC = z + inner, dt_raw = xBC + channels;
+        float *x = memory + task * (span + 2 * N), *B = x + span, *C = B + N;
+        const int64_t starts[3] = {g * span, inner + g * N, inner + d.groups * N + g * N}, sizes[3] = {span, N, N};
+        float *parts[3] = {x, B, C};
+        for (int part = 0; part < 3; part++)
+            for (int64_t i = 0; i < sizes[part]; i++) {
+                const int64_t c = starts[part] + i, seen = (b * channels + c) * d.width, taps = c * (d.width + 1);
+                const float now = load(projected, type, xBC + c);
+                float sum = conv_bias ? load(conv_bias, type, c) : 0;
+                for (int64_t k = 0; k < d.width; k++) {
+                    sum += load(window, type, seen + k) * load(conv_weight, type, taps + k);
+                    if (k > 0) store(window, type, seen + k - 1, load(window, type, seen + k));
+                }
+                if (d.width > 0) store(window, type, seen + d.width - 1, now);
+                sum = silu(sum + now * load(conv_weight, type, taps + d.width));
+                parts[part][i] = type == BF16 ? from_bf16(to_bf16(sum)) : sum;
+            }
+        float squares = 0;
+        for (int64_t h = g * per_group; h < (g + 1) * per_group; h++) {
+            const float raw = load(projected, type, dt_raw + h) + dt_bias[h];
+            const float dt = fminf(fmaxf(raw > 20 ? raw : log1pf(expf(raw)), d.dt_min), d.dt_max);
+            const float decay = expf(-dt * expf(A_log[h]));
+            for (int64_t p = 0; p < d.head_dim; p++) {
+                const int64_t i = (h - g * per_group) * d.head_dim + p;
+                const float added = dt * x[i];
+                float *s = state + ((b * d.heads + h) * d.head_dim + p) * N, sum = 0;
+#pragma omp simd reduction(+ : sum)
+                for (int64_t n = 0; n < N; n++) {
+                    s[n] = s[n] * decay + added * B[n];
+                    sum += s[n] * C[n];
+                }
+                sum += D[h] * x[i];
+                x[i] = (type == BF16 ? from_bf16(to_bf16(sum)) : sum) * silu(load(projected, type, z + g * span + i));
+                squares += x[i] * x[i];
+            }
+        }
+        const float norm = 1 / sqrtf(squares / span + d.eps);
+        for (int64_t i = 0; i < span; i++)
+            store(y, type, b * inner + g * span + i, load(norm_weight, type, g * span + i) * (x[i] * norm));
+    }
+    free(memory);
+    return 0;
+}
+
+/* ---------------------------------------------------------------------------------------------------------- attend */
+
+/* Q numbers as floats, bfloat16 with even and odd ones of each sixteen apart, as `arrange` does it. */
+INLINE void unpack(const void *from, int type, int64_t Q, float *to) {
+    if (type == F32) {
+        memcpy(to, from, 4 * Q);
+        return;
+    }
+    for (int64_t k = 0; k < Q; k += 16) {
+        const v8u pair = *(const v8u *)((const uint16_t *)from + k);
+        *(v8f *)(to + k) = (v8f)(pair << 16);
+        *(v8f *)(to + k + 8) = (v8f)(pair & 0xffff0000u);
+    }
+}
+
+/* y (B, A, Q): queries q (B, A, Q) over L keys and values (B, A / R, L, Q), whose rows of Q lie one after the other and
+ * whose heads and batch rows lie `head` and `row` numbers apart (keys, then values). Q is a multiple of 16. Every R
+ * query heads read a key head once. The keys are cut in `splits`, softmaxed apart and joined, so that threads have work. */
+int nh_attend(int type, const void *q, const void *k, const void *v, void *y, int64_t batch, int64_t key_heads, int64_t R,
+              int64_t L, int64_t Q, int64_t k_row, int64_t k_head, int64_t v_row, int64_t v_head, float scale, int64_t splits) {
+    const int64_t bytes = type == BF16 ? 2 : 4, per = R * (Q + 2), tasks = batch * key_heads * splits;
+    float *memory = malloc(sizeof(float) * tasks * (per + R * Q + Q + R));
+    if (!memory) return 1;
+#pragma omp parallel for schedule(dynamic, 1) if (batch * key_heads * L * Q > 16384)
+    for (int64_t task = 0; task < tasks; task++) {
+        const int64_t split = task % splits, kv = task / splits % key_heads, b = task / splits / key_heads;
+        const int64_t from = L * split / splits, to = L * (split + 1) / splits;
+        float *out = memory + task * per, *top = out + R * Q, *sum = top + R;
+        float *queries = memory + tasks * per + task * (R * Q + Q + R), *row = queries + R * Q, *weight = row + Q;
+        for (int64_t r = 0; r < R; r++) {
+            unpack((const char *)q + ((b * key_heads + kv) * R + r) * Q * bytes, type, Q, queries + r * Q);
+            top[r] = -INFINITY;
+            sum[r] = 0;
+        }
+        memset(out, 0, sizeof(float) * R * Q);
+        for (int64_t l = from; l < to; l++) {
+            unpack((const char *)k + (b * k_row + kv * k_head + l * Q) * bytes, type, Q, row);
+            for (int64_t r = 0; r < R; r++) {
+                v8f dot = splat(0), dot2 = splat(0);
+                for (int64_t i = 0; i < Q; i += 16) {
+                    dot += *(v8f *)(queries + r * Q + i) * *(v8f *)(row + i);
+                    dot2 += *(v8f *)(queries + r * Q + i + 8) * *(v8f *)(row + i + 8);
+                }
+                const float score = total(dot + dot2) * scale;
+                if (score > top[r]) {
+                    const float shrink = expf(top[r] - score);
+                    for (int64_t i = 0; i < Q; i += 8) *(v8f *)(out + r * Q + i) *= splat(shrink);
+                    sum[r] *= shrink;
+                    top[r] = score;
+                }
+                weight[r] = expf(score - top[r]);
+                sum[r] += weight[r];
+            }
+            unpack((const char *)v + (b * v_row + kv * v_head + l * Q) * bytes, type, Q, row);
+            for (int64_t r = 0; r < R; r++)
+                for (int64_t i = 0; i < Q; i += 8) *(v8f *)(out + r * Q + i) += splat(weight[r]) * *(v8f *)(row + i);
+        }
+    }
+    for (int64_t a = 0; a < batch * key_heads * R; a++) {
+        const int64_t kv = a / R, r = a % R;
+        float top = -INFINITY, sum = 0;
+        for (int64_t s = 0; s < splits; s++) top = fmaxf(top, memory[(kv * splits + s) * per + R * Q + r]);
+        for (int64_t s = 0; s < splits; s++) {
+            const float *part = memory + (kv * splits + s) * per;
+            sum += part[R * Q + R + r] * expf(part[R * Q + r] - top);
+        }
+        for (int64_t i = 0; i < Q; i++) {
+            float value = 0;
+            for (int64_t s = 0; s < splits; s++) {
+                const float *part = memory + (kv * splits + s) * per;
+                value += part[r * Q + i] * expf(part[R * Q + r] - top);
+            }
+            const int64_t to = type == BF16 ? i / 16 * 16 + i % 8 * 2 + i % 16 / 8 : i;
+            store(y, type, a * Q + to, value / sum);
+        }
+    }
+    free(memory);
+    return 0;
+}

@@ -1,0 +1,225 @@
+"""native.c, built where a C compiler is found and left out where none is.
+
+Nothing needs it: every function here has a torch implementation beside its caller, which computes the same. It is
+built once a machine, in about a second and a half, at the first decoded token, and kept in the user's cache folder.
+`NEMOTRON_H_KERNELS=0` keeps to torch; `CC` names another compiler, `XDG_CACHE_HOME` another cache.
+
+It takes plain CPU tensors outside autograd and tracing (`serves`), float32 and bfloat16.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .blocks import wants_gradient
+
+logger = logging.getLogger("nemotron_h")
+SOURCE = Path(__file__).with_suffix(".c")
+ENVIRONMENT_VARIABLE = "NEMOTRON_H_KERNELS"
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_INT8, _INT4 = 2, 3
+_lock = threading.Lock()
+
+
+class _Mamba(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("heads", "head_dim", "groups", "state", "width")),
+        *((name, ctypes.c_float) for name in ("dt_min", "dt_max", "eps")),
+    ]
+
+
+def library() -> ctypes.CDLL | None:
+    return _library()[0]
+
+
+def reason() -> str:
+    """Why there is a library, or why not, in words."""
+    return _library()[1]
+
+
+def _library() -> tuple[ctypes.CDLL | None, str]:
+    if os.environ.get(ENVIRONMENT_VARIABLE, "auto").lower() in ("0", "off", "false", "no"):
+        return None, f"{ENVIRONMENT_VARIABLE}={os.environ[ENVIRONMENT_VARIABLE]}"
+    with _lock:
+        return _built()
+
+
+@functools.cache
+def _built() -> tuple[ctypes.CDLL | None, str]:
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None, "no C compiler was found (cc, gcc, clang), so decoding on this CPU runs in torch, slower"
+    try:
+        path = _cached(compiler)
+        native = ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        words = " ".join((getattr(error, "stderr", None) or str(error)).split())[:200]
+        logger.info("native.c was not built with %s: %s", compiler, words)
+        return None, f"{compiler} cannot build native.c ({words}), so decoding on this CPU runs in torch, slower"
+    address, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    native.nh_linear.argtypes = [number, number, *[address] * 4, *[size] * 3, address]
+    native.nh_mamba_step.argtypes = [number, _Mamba, size, *[address] * 10]
+    native.nh_attend.argtypes = [number, *[address] * 4, *[size] * 9, ctypes.c_float, size]
+    return native, f"native.c, built with {Path(compiler).name}"
+
+
+def _cached(compiler: str) -> Path:
+    """The built library; its name says what it was built from, by what, on which processor."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    what = repr((SOURCE.read_text(), _FLAGS, version, _processor(), torch.__version__))
+    name = f"native-{hashlib.sha256(what.encode()).hexdigest()[:20]}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemotron_h"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not os.access(folder, os.W_OK) or folder.stat().st_uid != os.getuid():
+            raise PermissionError
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="nemotron_h-"))
+    path = folder / name
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as building:
+            compiled, linked = Path(building) / "native.o", Path(building) / name
+            command = [compiler, *_FLAGS, "-c", str(SOURCE), "-o", str(compiled)]
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+            # Linked without -fopenmp: the OpenMP that torch has loaded serves, so there is one pool of threads, whose
+            # number `torch.set_num_threads` sets.
+            command = [compiler, "-shared", str(compiled), "-o", str(linked), "-lm"]
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+            os.replace(linked, path)
+    return path
+
+
+def _processor() -> str:
+    """What -march=native means here: a cache folder may be shared by several machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+    except OSError:
+        return platform.processor() + platform.machine()
+
+
+def serves(*tensors: Tensor | None) -> bool:
+    """Whether these are tensors that C may read: plain, on the CPU, contiguous, nobody tracing or differentiating."""
+    return (
+        all(
+            t is None or (type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" and t.is_contiguous())
+            for t in tensors
+        )
+        and not wants_gradient(*tensors)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and library() is not None
+    )
+
+
+def linear(x_MK: Tensor, weight: Tensor, scale: Tensor | None = None, experts_M: Tensor | None = None) -> Tensor:
+    """x W^T for few rows: (M, N) in x's dtype. Sums in float32.
+
+    Args:
+        x_MK: (M, K) float32 or bfloat16.
+        weight: (N, K) float32 or bfloat16, int8, or int32 with int4 in it (N, ceil(K / 64) * 8); see `quantized.py`.
+            With `experts_M`, (E, ...).
+        scale: int8: float32 (N,); int4: bfloat16 (N, ceil(K / 64) * 2).
+        experts_M: (M,) int64; row m meets weight[experts_M[m]].
+    """
+    native = library()
+    assert native is not None
+    M, K = x_MK.shape
+    N = weight.shape[-2]
+    kind = _TYPES.get(weight.dtype, _INT8 if weight.dtype == torch.int8 else _INT4)
+    y_MN = x_MK.new_empty(M, N)
+    failed = native.nh_linear(
+        kind,
+        _TYPES[x_MK.dtype],
+        weight.data_ptr(),
+        None if scale is None else scale.data_ptr(),
+        x_MK.data_ptr(),
+        y_MN.data_ptr(),
+        M,
+        N,
+        K,
+        None if experts_M is None else experts_M.data_ptr(),
+    )
+    if failed:
+        raise MemoryError(f"No memory for {M} rows of {K} inputs.")
+    return y_MN
+
+
+def mamba_step(
+    projected: Tensor,
+    window_BCW: Tensor,
+    state_BHPN: Tensor,
+    conv_weight_CK: Tensor,
+    conv_bias_C: Tensor | None,
+    dt_bias_H: Tensor,
+    A_log_H: Tensor,
+    D_H: Tensor,
+    norm_weight_I: Tensor,
+    *,
+    groups: int,
+    time_step_limit: tuple[float, float],
+    eps: float,
+) -> Tensor:
+    """A Mamba-2 mixer between its projections, for one token: y (B, I). The window and the state move on in place.
+
+    Args:
+        projected: (B, 2 I + 2 G N + H), what in_proj gave.
+        window_BCW, state_BHPN: the cache's; the state float32.
+    """
+    native = library()
+    assert native is not None
+    batch, heads, head_dim, state_size = state_BHPN.shape
+    y_BI = projected.new_empty(batch, heads * head_dim)
+    sizes = _Mamba(heads, head_dim, groups, state_size, window_BCW.shape[-1], *time_step_limit, eps)
+    failed = native.nh_mamba_step(
+        _TYPES[projected.dtype],
+        sizes,
+        batch,
+        projected.data_ptr(),
+        window_BCW.data_ptr(),
+        conv_weight_CK.data_ptr(),
+        None if conv_bias_C is None else conv_bias_C.data_ptr(),
+        dt_bias_H.data_ptr(),
+        A_log_H.data_ptr(),
+        D_H.data_ptr(),
+        state_BHPN.data_ptr(),
+        norm_weight_I.data_ptr(),
+        y_BI.data_ptr(),
+    )
+    if failed:
+        raise MemoryError(f"No memory for {batch} rows of {heads} heads.")
+    return y_BI
+
+
+def attend(q_BAQ: Tensor, k_BALQ: Tensor, v_BALQ: Tensor, scale: float) -> Tensor:
+    """One query position over all keys: (B, A, Q). The rows of keys and values lie one after the other; their heads
+    and batch rows may lie apart (a longer buffer)."""
+    native = library()
+    assert native is not None
+    batch, heads, head_dim = q_BAQ.shape
+    key_heads, length = k_BALQ.shape[1:3]
+    y_BAQ = torch.empty_like(q_BAQ)
+    # Enough pieces that threads finish together, each long enough to be worth joining.
+    splits = max(1, min(8, length // 128))
+    strides = [t.stride(dim) for t in (k_BALQ, v_BALQ) for dim in (0, 1)]
+    addresses = [t.data_ptr() for t in (q_BAQ, k_BALQ, v_BALQ, y_BAQ)]
+    sizes = [batch, key_heads, heads // key_heads, length, head_dim]
+    if native.nh_attend(_TYPES[q_BAQ.dtype], *addresses, *sizes, *strides, scale, splits):
+        raise MemoryError(f"No memory for {heads} heads over {length} keys.")
+    return y_BAQ
