@@ -69,7 +69,10 @@ def causal_conv(
         x_BLC = _take(x_BLC, order_BL)
         doc_BL = None if doc_BL is None else doc_BL.gather(1, order_BL)
 
-    seen_BEC = torch.cat([window_BWC, x_BLC], dim=1)
+    blocks = in_blocks(length, x_BLC, weight_CK, bias_C)
+    # In blocks and without pads only the last inputs of all are needed beside x.
+    recent = width if blocks and mask_BL is None else length
+    seen_BEC = torch.cat([window_BWC, x_BLC[:, length - min(recent, length) :]], dim=1)
     doc_BE = None if doc_BL is None else torch.cat([doc_BL[:, :1].expand(-1, width), doc_BL], dim=1)
     kernel = None
     if backends.serves(x_BLC):
@@ -78,11 +81,13 @@ def causal_conv(
         )
     if kernel is not None:
         y_BLC = kernel(seen_BEC, weight_CK, bias_C, activation, doc_BE)
+    elif blocks:
+        y_BLC = _taps_in_blocks(window_BWC, x_BLC, weight_CK, bias_C, act, doc_BE)
     else:
         y_BLC = _taps(seen_BEC, weight_CK, bias_C, act, doc_BE)
 
     if mask_BL is None:
-        new_BWC = seen_BEC[:, length:]
+        new_BWC = seen_BEC[:, seen_BEC.shape[1] - width :]
         new_doc_BW = None if doc_BE is None else doc_BE[:, length:]
         last_doc_B1 = None if doc_BE is None else doc_BE[:, -1:]
     else:
@@ -126,25 +131,54 @@ def _taps(
     dtype = compute_dtype(seen_BEC, weight_CK)
     kernel = weight_CK.shape[1]
     length = seen_BEC.shape[1] - kernel + 1
+    weight_KC = weight_CK.to(dtype).t()
+    seen = seen_BEC.to(dtype)
+    total: Tensor | None = None if bias_C is None else bias_C.to(dtype)
+    for k in range(kernel):
+        tap_BLC = _tap(seen, doc_BE, k, 0, length, kernel)
+        total = tap_BLC * weight_KC[k] if total is None else torch.addcmul(total, tap_BLC, weight_KC[k])
+    assert total is not None
+    return (total if act is None else act(total)).to(seen_BEC.dtype)
+
+
+def _tap(seen_BEC: Tensor, doc_BE: Tensor | None, k: int, start: int, length: int, kernel: int) -> Tensor:
+    """What weight k meets at `length` positions, 0 where it belongs to another document; `doc_BE` begins at `start`."""
+    tap_BQC = seen_BEC[:, k : k + length]
+    if doc_BE is None or k == kernel - 1:
+        return tap_BQC
+    here, own = (doc_BE[:, start + shift : start + shift + length] for shift in (k, kernel - 1))
+    return tap_BQC.masked_fill(here.ne(own)[..., None], 0)
+
+
+def _taps_in_blocks(
+    window_BWC: Tensor,
+    x_BLC: Tensor,
+    weight_CK: Tensor,
+    bias_C: Tensor | None,
+    act: Callable[[Tensor], Tensor] | None,
+    doc_BE: Tensor | None,
+) -> Tensor:
+    """`_taps`, a few positions at a time in buffers that every block uses again: no float32 copy leaves the cache.
+
+    Measured at bf16, 2048 x 12288, two Zen 3 cores: 330 ms with new tensors for every block, 60 in buffers.
+    """
+    dtype = compute_dtype(x_BLC, weight_CK)
+    kernel = weight_CK.shape[1]
+    batch, length, channels = x_BLC.shape
     weight_KC = weight_CK.to(dtype).t().contiguous()
-    bias = None if bias_C is None else bias_C.to(dtype)
-
-    def rows(start: int, stop: int) -> Tensor:
-        block_BEC = seen_BEC[:, start : stop + kernel - 1].to(dtype)
-        doc_BQ = None if doc_BE is None else doc_BE[:, start + kernel - 1 : stop + kernel - 1]
-        total: Tensor | None = bias
-        for k in range(kernel):
-            tap_BQC = block_BEC[:, k : k + stop - start]
-            if doc_BE is not None and doc_BQ is not None and k < kernel - 1:
-                tap_BQC = tap_BQC.masked_fill(doc_BE[:, start + k : stop + k].ne(doc_BQ)[..., None], 0)
-            total = tap_BQC * weight_KC[k] if total is None else torch.addcmul(total, tap_BQC, weight_KC[k])
-        assert total is not None
-        return (total if act is None else act(total)).to(seen_BEC.dtype)
-
-    if not in_blocks(length, seen_BEC, weight_CK, bias_C):
-        return rows(0, length)
-    y_BLC = seen_BEC.new_empty(seen_BEC.shape[0], length, seen_BEC.shape[2])
+    bias = torch.zeros(channels, dtype=dtype) if bias_C is None else bias_C.to(dtype)
+    y_BLC = x_BLC.new_empty(x_BLC.shape)
+    seen_BEC = torch.empty(batch, BLOCK + kernel - 1, channels, dtype=dtype)
+    sum_BQC = torch.empty(batch, BLOCK, channels, dtype=dtype)
+    seen_BEC[:, : kernel - 1] = window_BWC
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
-        y_BLC[:, start:stop] = rows(start, stop)
+        rows = stop - start
+        if start > 0:
+            seen_BEC[:, : kernel - 1] = x_BLC[:, start - kernel + 1 : start]
+        seen_BEC[:, kernel - 1 : kernel - 1 + rows] = x_BLC[:, start:stop]
+        total = sum_BQC[:, :rows].copy_(bias)
+        for k in range(kernel):
+            total.addcmul_(_tap(seen_BEC, doc_BE, k, start, rows, kernel), weight_KC[k])
+        y_BLC[:, start:stop] = F.silu(total, inplace=True) if act is F.silu else total if act is None else act(total)
     return y_BLC

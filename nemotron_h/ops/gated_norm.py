@@ -5,8 +5,6 @@ Shape suffixes: D features (`hidden_size`, or `d_inner` for the gated one), G gr
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +19,9 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     The weight multiplies before the result is rounded to x's dtype, as in NVIDIA's model and transformers'
     NemotronHRMSNorm (Llama rounds first). Source: RMSNorm, arXiv 1910.07467.
     """
-    return _by_rows(lambda x_RD: _rms_norm(x_RD, weight_D, eps), weight_D, x)
+    if in_blocks(x.shape[:-1].numel(), weight_D, x):
+        return _in_blocks(weight_D, eps, 1, x)
+    return _rms_norm(x, weight_D, eps)
 
 
 def gated_rms_norm(y: Tensor, z: Tensor, weight_D: Tensor, eps: float, n_groups: int) -> Tensor:
@@ -38,20 +38,33 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight_D: Tensor, eps: float, n_groups:
         weight_D: (D,).
         n_groups: D must be a multiple of it.
     """
-    return _by_rows(lambda y_RD, z_RD: _gated_rms_norm(y_RD, z_RD, weight_D, eps, n_groups), weight_D, y, z)
+    if in_blocks(y.shape[:-1].numel(), weight_D, y, z):
+        return _in_blocks(weight_D, eps, n_groups, y, z)
+    return _gated_rms_norm(y, z, weight_D, eps, n_groups)
 
 
-def _by_rows(norm: Callable[..., Tensor], weight_D: Tensor, *inputs: Tensor) -> Tensor:
-    """`norm(*inputs)`, a few rows at a time where that pays. Measured at bf16, 1024 x 10240: 35 ms instead of 282."""
-    rows = inputs[0].shape[:-1].numel()
-    if not in_blocks(rows, weight_D, *inputs):
-        return norm(*inputs)
-    inputs_RD = [t.reshape(rows, t.shape[-1]) for t in inputs]
-    out_RD = inputs[0].new_empty(inputs_RD[0].shape)
+def _in_blocks(weight_D: Tensor, eps: float, n_groups: int, y: Tensor, z: Tensor | None = None) -> Tensor:
+    """Either norm, a few rows at a time in buffers that every block uses again: no float32 copy leaves the cache.
+
+    Measured at bf16, 2048 x 10240, gated, two Zen 3 cores: 74 ms with new tensors for every block, 30 in buffers.
+    """
+    dtype = compute_dtype(y, z)
+    y_RD, z_RD = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (y, z))
+    assert y_RD is not None
+    rows, width = y_RD.shape
+    out_RD = y.new_empty(y_RD.shape)
+    weight_D = weight_D.to(dtype)
+    h_BD, gate_BD = (torch.empty(BLOCK, width, dtype=dtype) for _ in range(2))
     for start in range(0, rows, BLOCK):
-        here = slice(start, start + BLOCK)
-        out_RD[here] = norm(*(t[here] for t in inputs_RD))
-    return out_RD.view(inputs[0].shape)
+        here = slice(start, min(start + BLOCK, rows))
+        h = h_BD[: here.stop - start].copy_(y_RD[here])
+        if z_RD is not None:
+            h *= F.silu(gate_BD[: here.stop - start].copy_(z_RD[here]), inplace=True)
+        h_RGD = h.view(-1, n_groups, width // n_groups)
+        mean_RG1 = torch.linalg.vector_norm(h_RGD, dim=-1, keepdim=True).square_() / (width // n_groups)
+        h_RGD *= torch.rsqrt(mean_RG1 + eps)
+        out_RD[here] = h.mul_(weight_D)
+    return out_RD.view(y.shape)
 
 
 def _rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:

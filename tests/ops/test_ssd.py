@@ -261,7 +261,8 @@ class TestScan:
         inputs = tuple(scan_inputs(generator, 2, 21))
         y, state = torch.export.export(Scan(), inputs).module()(*inputs)
         expected, expected_state = Scan()(*inputs)
-        assert torch.equal(y, expected) and torch.equal(state, expected_state)
+        # Another order of the same sums: eagerly the walk works in buffers.
+        torch.testing.assert_close((y, state), (expected, expected_state), rtol=1e-12, atol=1e-12)
 
 
 class TestStep:
