@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         NemotronHModel,
         NemotronHPreTrainedModel,
     )
+    from .quantization import NemotronHQuantizationConfig
 
 _AUTO = {
     "NemotronHModel": AutoModel,
@@ -38,6 +39,7 @@ _MODELS = (*_AUTO, "NemotronHPreTrainedModel")
 
 def _register_models() -> None:
     from . import modeling
+    from . import quantization as quantization  # registers the method
 
     for name, auto in _AUTO.items():
         auto.register(NemotronHConfig, getattr(modeling, name), exist_ok=True)
@@ -51,10 +53,15 @@ _before_first_use.append(_register_models)
 
 
 def __getattr__(name: str) -> Any:
+    value: Any
     if name == "NemotronHCache":
         from . import cache
 
         value = cache.NemotronHCache
+    elif name == "NemotronHQuantizationConfig":
+        from . import quantization
+
+        value = quantization.NemotronHQuantizationConfig
     elif name in _MODELS:
         from . import modeling
 
@@ -73,5 +80,6 @@ __all__ = [
     "NemotronHForTokenClassification",
     "NemotronHModel",
     "NemotronHPreTrainedModel",
+    "NemotronHQuantizationConfig",
     "__version__",
 ]

@@ -1,0 +1,545 @@
+"""Weight-only int8 and int4 through `transformers`' quantizer interface: on the fly at loading, saved, loaded again.
+
+    from_pretrained(name, quantize="int8")        or "int4"
+    from_pretrained(name, quantization_config=NemotronHQuantizationConfig(bits=4, modules_to_not_convert=["o_proj"]))
+
+Quantised are the linear layers and the routed experts. Embeddings, norms, convolutions, the router, A_log, D, dt_bias,
+classification heads and multi-token prediction never are, the language-modelling head only where it is asked for. The
+formats are those of `ops/quantized.py`. On disk a weight `x.weight` is `x.weight` and `x.weight_scale`, under its
+published name, and experts are one by one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import is_torchao_available
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from . import ops
+from .configuration import NemotronHConfig
+from .modeling import NemotronHBlock, NemotronHExperts
+from .ops.quantized import packed_dtypes, packed_shapes
+
+QUANT_METHOD = "nemotron_h_weight_only"
+BITS = {"int8": 8, "int4": 4}
+
+# Whatever the config says: no weight of the published layers, or not called at all.
+_NEVER = ("score", "mtp")
+_HEAD = "lm_head"
+
+
+class NemotronHQuantizationConfig(QuantizationConfigMixin):
+    """How a model is, or is to be, quantised.
+
+    Args:
+        bits: 8 or "int8", 4 or "int4".
+        modules_to_not_convert: modules left as they are, each by the end, the beginning or a middle part of its name:
+            "o_proj", "layers.0", "mixer.experts". Regular expressions, between two dots.
+        include_output_embeddings: the language-modelling head as well.
+
+    Raises: ValueError for another number of bits, TypeError for an unknown argument.
+    """
+
+    def __init__(
+        self,
+        bits: int | str = 8,
+        modules_to_not_convert: list[str] | None = None,
+        include_output_embeddings: bool = False,
+        **kwargs: Any,
+    ):
+        kwargs.pop("quant_method", None)
+        if kwargs:
+            name, value = next(iter(kwargs.items()))
+            raise TypeError(
+                f"NemotronHQuantizationConfig got the unknown argument {name}={value!r}: leave it out; "
+                "`help(NemotronHQuantizationConfig)` lists what there is."
+            )
+        number = BITS.get(bits, 0) if isinstance(bits, str) else bits
+        if number not in BITS.values():
+            raise ValueError(f"bits={bits!r} is not known: write 8 (or 'int8') or 4 (or 'int4').")
+        if isinstance(modules_to_not_convert, str):
+            modules_to_not_convert = [modules_to_not_convert]
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+        self.bits = int(number)
+        self.modules_to_not_convert = modules_to_not_convert
+        self.include_output_embeddings = include_output_embeddings
+
+
+class _PackedWeights(nn.Module):
+    """Parameters that are integers with their scales: not trained, and not cast with the rest of the model."""
+
+    # transformers draws what a checkpoint lacks, before `from_pretrained` refuses it, and cannot draw integers.
+    _is_hf_initialized = True
+    bits: int
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        scales = {id(tensor) for name, tensor in self.named_parameters(recurse=False) if name.endswith("_scale")}
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return tensor.to(new.device) if id(tensor) in scales and new.dtype != tensor.dtype else new
+
+        return super()._apply(keep_dtype, recurse)
+
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """The names of the quantised weights, each with the shape it had: (N, K) or (E, N, K)."""
+        raise NotImplementedError
+
+    def _make(self, bits: int, packed: bool, dtype: torch.dtype | None, device: Any) -> None:
+        """Empty parameters: of the packed weights, or, until those are made from the plain ones, of the plain ones."""
+        dtype = dtype or torch.get_default_dtype()
+        for name, (*lead, n, k) in self.weights().items():
+            q_shape, scale_shape = packed_shapes(bits, n, k)
+            q_dtype, scale_dtype = packed_dtypes(bits)
+            shape, kind = ((*lead, *q_shape), q_dtype) if packed else ((*lead, n, k), dtype)
+            for suffix, size, of in (("", shape, kind), ("_scale", (*lead, *scale_shape), scale_dtype)):
+                empty = torch.empty(size, dtype=of, device=device)
+                setattr(self, name + suffix, nn.Parameter(empty, requires_grad=False))
+
+
+class QuantizedLinear(_PackedWeights, nn.Linear):
+    """A linear layer whose `weight` is packed integers and `weight_scale` their scales. LoRA goes on top of it."""
+
+    plain_class: type[nn.Linear] = nn.Linear  # what it stands for
+    weight_scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        bias: bool = True,
+        *,
+        packed: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        self._make(bits, packed, dtype, device)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        return {"weight": (self.out_features, self.in_features)}
+
+    def reset_parameters(self) -> None:
+        """Nothing: there is no initialisation in integers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.quantized_linear(x, self.weight, self.weight_scale, self.bias, self.bits)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight it stands for, (N, K); float32 unless told."""
+        return ops.dequantize_weight(
+            self.weight, self.weight_scale, self.bits, self.in_features, dtype or torch.float32
+        )
+
+    @property
+    def W_q(self) -> Tensor:
+        """The name by which PEFT knows (HQQ's) layers that have a `dequantize()`: DoRA needs the weight's norm."""
+        return self.weight
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bits={self.bits}"
+
+
+class QuantizedExperts(_PackedWeights):
+    """`NemotronHExperts` with packed weights, of which only the chosen experts' are read."""
+
+    up_proj: Tensor
+    up_proj_scale: Tensor
+    down_proj: Tensor
+    down_proj_scale: Tensor
+
+    def __init__(
+        self,
+        num_experts: int,
+        width: int,
+        intermediate_size: int,
+        bits: int,
+        act_fn: nn.Module,
+        *,
+        packed: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.num_experts, self.width, self.intermediate_size = num_experts, width, intermediate_size
+        self.bits, self.act_fn = bits, act_fn
+        self._make(bits, packed, dtype, device)
+
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        return {
+            "up_proj": (self.num_experts, self.intermediate_size, self.width),
+            "down_proj": (self.num_experts, self.width, self.intermediate_size),
+        }
+
+    def forward(self, x_TD: Tensor, indices_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+        """Each token through its k experts, summed by weight: (T, D)."""
+        experts_S = indices_Tk.flatten()
+        order_S = experts_S.argsort(stable=True)
+        experts_S, token_S = experts_S[order_S], order_S // indices_Tk.shape[1]
+        hidden = ops.quantized_experts_linear(x_TD[token_S], self.up_proj, self.up_proj_scale, experts_S)
+        y_SD = ops.quantized_experts_linear(self.act_fn(hidden), self.down_proj, self.down_proj_scale, experts_S)
+        y_SD = y_SD * weights_Tk.flatten()[order_S, None]
+        out_TD = torch.zeros_like(x_TD, dtype=weights_Tk.dtype).index_add(0, token_S, y_SD.to(weights_Tk.dtype))
+        return out_TD.to(x_TD.dtype)
+
+    def extra_repr(self) -> str:
+        sizes = f"num_experts={self.num_experts}, width={self.width}, intermediate_size={self.intermediate_size}"
+        return f"{sizes}, bits={self.bits}"
+
+
+class _Quantize(ConversionOps):
+    """A plain weight, as read -> its integers and scales. What cannot be quantised is handed on, to be refused later:
+    an error here would only be logged."""
+
+    def __init__(self, quantizer: NemotronHQuantizer):
+        self.quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], model: nn.Module | None = None, full_layer_name: str = "", **_: Any
+    ) -> dict[str, Tensor]:
+        _name, value = input_dict.popitem()
+        weight = value.pop() if isinstance(value, list) else value
+        assert model is not None
+        module, _dot, parameter = full_layer_name.rpartition(".")
+        if tuple(weight.shape) != model.get_submodule(module).weights()[parameter]:  # type: ignore[operator]
+            return {full_layer_name: weight}
+        try:
+            q, scale = ops.quantize_weight(weight, self.quantizer.quantization_config.bits)
+        except ValueError as error:
+            self.quantizer.problems.append(f"{full_layer_name}: {error}")
+            return {full_layer_name: weight}
+        return {full_layer_name: q, f"{full_layer_name}_scale": scale}
+
+
+class _ValuesConverter(WeightConverter):
+    """A converter that leaves scales to the one beside it: to transformers 5.17, which looks for the pattern `x.weight`
+    anywhere in a name, it is also in `x.weight_scale`."""
+
+    __slots__ = ()
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        return (source_key, None) if source_key.endswith("_scale") else super().rename_source_key(source_key)
+
+
+class NemotronHQuantizer(HfQuantizer):
+    """Puts packed modules in the place of plain ones before the weights are read, and makes the packed weights from the
+    plain ones, tensor by tensor, where the checkpoint is not quantised yet."""
+
+    requires_calibration = False
+    quantization_config: Any
+
+    def __init__(self, quantization_config: NemotronHQuantizationConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self.problems: list[str] = []
+        self._expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
+
+    def is_serializable(self, **_: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """With adapters: the packed weights themselves stay as they are."""
+        return True
+
+    def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
+        if isinstance(device_map, dict):
+            self._check_disk(device_map)
+        return device_map
+
+    def _check_disk(self, device_map: dict[str, Any]) -> None:
+        on_disk = [name for name, device in device_map.items() if device == "disk"]
+        if on_disk and not self.pre_quantized:
+            raise ValueError(
+                f"device_map puts {on_disk[0]!r} on disk, where a model that is being quantised cannot go: save it "
+                "quantised first (`nemotron-h quantize`), and load that."
+            )
+
+    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        module, _dot, name = param_name.rpartition(".")
+        packed = model.get_submodule(module)
+        return not self.pre_quantized and isinstance(packed, _PackedWeights) and name in packed.weights()
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        if self.param_needs_quantization(model, param_name):
+            return self.quantization_config.bits / 8
+        return param.element_size()
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self)
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+        config = self.quantization_config
+        if config.include_output_embeddings and model.config.tie_word_embeddings:
+            raise ValueError(
+                "include_output_embeddings=True, but the head of this model is its embedding table "
+                "(tie_word_embeddings=True), which is not quantised: leave include_output_embeddings out."
+            )
+        for name, module in list(_to_quantize(model, config, check=not self.pre_quantized)):
+            model.set_submodule(name, _packed(module, config.bits, packed=self.pre_quantized))
+        for module in model.modules():
+            if isinstance(module, NemotronHBlock):
+                module._is_hf_initialized = True  # type: ignore[assignment]  # it would draw its mixer's projections
+        self._expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        self._check_disk(getattr(model, "hf_device_map", None) or {})
+        source = model.config.name_or_path
+        if self.problems:
+            raise ValueError(f"{source} cannot be quantised: {self.problems[0]}")
+        for name, module in model.named_modules():
+            if isinstance(module, _PackedWeights):
+                _check_packed(name, module, source)
+                for parameter in module.parameters(recurse=False):
+                    if parameter is not getattr(module, "bias", None):
+                        parameter.requires_grad_(False)
+        self._settle(model, source)
+        self._save_scales(model)
+        return model
+
+    def _settle(self, model: Any, source: str) -> None:
+        """To transformers 5.17, the plain tensors of a quantised checkpoint are right in any dtype and any shape."""
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            module, _, parameter = name.rpartition(".")
+            packed = model.get_submodule(module)
+            if isinstance(packed, _PackedWeights) and parameter != "bias":
+                continue
+            shape, dtype = self._expected.get(name, (tensor.shape, tensor.dtype))
+            if tensor.shape != shape:
+                raise ValueError(_wrong_shape(source, name, tensor.shape, shape))
+            if tensor.dtype != dtype and tensor.device.type != "meta":
+                tensor.data = tensor.data.to(dtype)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """The experts' converters, each with one beside it that does the same with the scales."""
+        updated: list[Any] = []
+        for conversion in weight_conversions:
+            if isinstance(conversion, WeightConverter):
+                sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
+                both = (
+                    _ValuesConverter(list(sources), list(targets), list(conversion.operations)),
+                    WeightConverter([f"{s}_scale" for s in sources], [f"{t}_scale" for t in targets],
+                                    list(conversion.operations)),
+                )  # fmt: skip
+                for made in both:
+                    made.scope_prefix, made.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
+                updated.extend(both)
+            else:
+                updated.append(conversion)
+        self._conversions = updated
+        return updated
+
+    def _save_scales(self, model: Any) -> None:
+        """Saving turns back the conversions that loading used: where the scales were made here, theirs is none."""
+        used = getattr(model, "_weight_conversions", None)
+        if used is None:
+            return
+        values = [i for i, made in enumerate(self._conversions) if isinstance(made, _ValuesConverter)]
+        beside = {id(self._conversions[i]): self._conversions[i + 1] for i in values}
+        missing = [beside[id(made)] for made in used if id(made) in beside and beside[id(made)] not in used]
+        model._weight_conversions = [*used, *missing]
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        if isinstance(dtype, str):  # as saving leaves it in the config
+            dtype = getattr(torch, dtype)
+        dtype = dtype or model.dtype
+        for name, module in list(model.named_modules()):
+            if isinstance(module, _PackedWeights):
+                model.set_submodule(name, _plain(module, model.config, dtype))
+        return model.to(dtype)
+
+
+def _to_quantize(model: Any, config: NemotronHQuantizationConfig, check: bool) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of `model` that `config` means; `check` that each exclusion means something."""
+    left_out = [_compile(pattern) for pattern in config.modules_to_not_convert or ()]
+    names = {_canonical(name): name for name, _ in model.named_modules()}
+    for pattern, expression in zip(config.modules_to_not_convert or (), left_out, strict=True):
+        if check and not any(expression.search(name) for name in (*names, _HEAD, *_NEVER)):
+            raise ValueError(
+                f"modules_to_not_convert has {pattern!r}, which no module of {type(model).__name__} is called: correct "
+                "it; `model.named_modules()` lists the names."
+            )
+    always = [_compile(name) for name in (*_NEVER, *(() if config.include_output_embeddings else (_HEAD,)))]
+    for canonical, name in names.items():
+        module = model.get_submodule(name)
+        linear = isinstance(module, nn.Linear) and not isinstance(module, _PackedWeights)
+        if linear or isinstance(module, NemotronHExperts):
+            if not any(expression.search(canonical) for expression in (*left_out, *always)):
+                yield name, module
+
+
+def _canonical(name: str) -> str:
+    """A module's name as it is in every class of the family, on disk and in memory."""
+    return name.removeprefix("model.").removeprefix("backbone.").removesuffix(".weight")
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(rf"(?:^|\.)(?:{_canonical(pattern)})(?:\.|$)")
+    except re.error as error:
+        raise ValueError(
+            f"modules_to_not_convert has {pattern!r}, which is no regular expression ({error}): write a part of a "
+            "module's name, such as 'o_proj'."
+        ) from None
+
+
+def _packed(module: Any, bits: int, packed: bool) -> _PackedWeights:
+    """The packed module, still empty, for a plain one."""
+    if isinstance(module, NemotronHExperts):
+        _experts, inner, width = module.up_proj.shape
+        return QuantizedExperts(
+            module.num_experts, width, inner, bits, module.act_fn,
+            packed=packed, device=module.up_proj.device, dtype=module.up_proj.dtype,
+        )  # fmt: skip
+    made: QuantizedLinear = QuantizedLinear(
+        module.in_features, module.out_features, bits, module.bias is not None,
+        packed=packed, device=module.weight.device, dtype=module.weight.dtype,
+    )  # fmt: skip
+    made.plain_class = type(module)
+    return made
+
+
+def _plain(module: Any, config: NemotronHConfig, dtype: torch.dtype) -> nn.Module:
+    """The plain module with the weights that a packed one stands for."""
+    with torch.device("meta"):
+        if isinstance(module, QuantizedExperts):
+            plain: Any = NemotronHExperts(config)
+        else:
+            plain = module.plain_class(module.in_features, module.out_features, bias=module.bias is not None)
+    for name, shape in module.weights().items():
+        q, scale = getattr(module, name), getattr(module, f"{name}_scale")
+        weight = ops.dequantize_weight(q, scale, module.bits, shape[-1], dtype)
+        setattr(plain, name, nn.Parameter(weight))
+    if getattr(module, "bias", None) is not None:
+        plain.bias = module.bias
+    plain.train(module.training)
+    return plain
+
+
+def _check_packed(name: str, module: _PackedWeights, source: str) -> None:
+    bits = module.bits
+    for weight, (*lead, n, k) in module.weights().items():
+        q_shape, scale_shape = packed_shapes(bits, n, k)  # type: ignore[arg-type]
+        q, scale = getattr(module, weight), getattr(module, f"{weight}_scale")
+        if q.is_floating_point() and q.shape == (*lead, n, k):
+            continue  # the checkpoint has none, which `from_pretrained` says
+        if q.is_floating_point():
+            raise ValueError(_wrong_shape(source, f"{name}.{weight}", q.shape, (*lead, n, k)))
+        for suffix, found, expected in (("", q, q_shape), ("_scale", scale, scale_shape)):
+            if found.shape != (*lead, *expected):
+                raise ValueError(_wrong_shape(source, f"{name}.{weight}{suffix}", found.shape, (*lead, *expected)))
+
+
+def _wrong_shape(source: Any, name: str, found: Any, expected: Any) -> str:
+    return (
+        f"{source} has {name} with shape {tuple(found)} where its config asks for {tuple(expected)}: correct "
+        "config.json, or fetch the checkpoint again."
+    )
+
+
+def config_for(quantize: Any, source: Any, arguments: dict[str, Any]) -> QuantizationConfigMixin:
+    """What `from_pretrained(source, quantize=..., **arguments)` asks for, as a quantization config.
+
+    torchao's weights, which have kernels for it, where all of a model without routed experts goes to CUDA and torchao
+    is installed; the package's own everywhere else: torchao would leave the experts, most of such a model, as they are.
+
+    Raises: ValueError for an unknown value, for two ways of saying it at once, for a model that is quantised already.
+    """
+    if not isinstance(quantize, str) or quantize not in BITS:
+        raise ValueError(f"quantize={quantize!r} is not known: write 'int8' or 'int4', or leave it out.")
+    if arguments.get("quantization_config") is not None:
+        raise ValueError(
+            f"Got quantize={quantize!r} and a quantization_config ({type(arguments['quantization_config']).__name__}): "
+            "pass one of them."
+        )
+    config = _read_config(source, arguments)
+    if stored := getattr(config, "quantization_config", None):
+        stored = stored if isinstance(stored, dict) else stored.to_dict()
+        raise ValueError(
+            f"quantize={quantize!r}, but {source} is quantised already ({stored.get('quant_method')}): leave quantize "
+            "out, or name the checkpoint that it was made from."
+        )
+    experts = config is None or "moe" in config.layers_block_type
+    if not experts and _all_on_cuda(arguments.get("device_map")) and is_torchao_available():
+        if torchao := _torchao(quantize, arguments.get("dtype", arguments.get("torch_dtype"))):
+            return torchao
+    return NemotronHQuantizationConfig(quantize)
+
+
+def _read_config(source: Any, arguments: dict[str, Any]) -> NemotronHConfig | None:
+    """The model's config; None where there is none to be had, which loading says better."""
+    config = arguments.get("config")
+    if isinstance(config, NemotronHConfig):
+        return config
+    hub = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+    try:
+        return NemotronHConfig.from_pretrained(
+            source if config is None else config, **{name: arguments[name] for name in hub if name in arguments}
+        )
+    except OSError:
+        return None
+
+
+def _all_on_cuda(device_map: Any) -> bool:
+    if isinstance(device_map, dict):
+        return bool(device_map) and all(_all_on_cuda(device) for device in device_map.values())
+    if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return torch.cuda.is_available()
+    if device_map is None or device_map == "disk":
+        return False
+    return isinstance(device_map, int) or torch.device(device_map).type == "cuda"
+
+
+def _torchao(quantize: str, dtype: Any) -> QuantizationConfigMixin | None:
+    """torchao's config for it; its int4 product on CUDA takes bfloat16 alone."""
+    from torchao.quantization import (  # type: ignore[import-not-found]
+        Int4WeightOnlyConfig,
+        Int8WeightOnlyConfig,
+    )
+    from transformers import TorchAoConfig
+
+    if quantize == "int8":
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    if dtype not in (None, "auto", "bfloat16", torch.bfloat16):
+        return None
+    return TorchAoConfig(Int4WeightOnlyConfig(group_size=32, int4_packing_format="tile_packed_to_4d"))
+
+
+def register() -> None:
+    """Make `transformers` know the method (again: nothing)."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(NemotronHQuantizationConfig)
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(QUANT_METHOD)(NemotronHQuantizer)
+
+
+register()
+
+__all__ = [
+    "QUANT_METHOD",
+    "NemotronHQuantizationConfig",
+    "NemotronHQuantizer",
+    "QuantizedExperts",
+    "QuantizedLinear",
+    "config_for",
+    "register",
+]
