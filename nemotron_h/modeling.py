@@ -35,7 +35,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from typing_extensions import Unpack
 
-from . import ops
+from . import ops, pieces
 from .cache import MambaLayer, NemotronHCache, cache_length, check_room, grows
 from .checkpoints import published
 from .compat import (
@@ -701,21 +701,25 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         """
         shift_labels = kwargs.pop("shift_labels", None)
         _check_kwargs(kwargs)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=pick_cache(cache=cache, past_key_values=past_key_values, cache_params=cache_params),
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            seq_idx=seq_idx,
-            cu_seq_lens_q=cu_seq_lens_q,
-            cu_seq_lens_k=cu_seq_lens_k,
+        cache = pick_cache(cache=cache, past_key_values=past_key_values, cache_params=cache_params)
+        inputs = {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "use_cache": use_cache,
             **{key: value for key, value in kwargs.items() if key != "num_items_in_batch"},
-        )
-        x_BLD = outputs.last_hidden_state
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        x_BLD = x_BLD[:, keep]
+        }
+        packing = {"seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
+        keep: Any = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        packed = any(given is not None for given in packing.values())
+        piece = 0 if packed else pieces.wanted(self.model, cache, position_ids=position_ids, **inputs)
+        if piece:
+            kept = logits_to_keep if isinstance(logits_to_keep, int) else 0
+            outputs = pieces.run(self.model, piece, kept, cache, **inputs)
+            keep = slice(None) if kept else keep
+        else:
+            outputs = self.model(cache=cache, position_ids=position_ids, **inputs, **packing)
+        x_BLD = outputs.last_hidden_state[:, keep]
         # Two-dimensional whatever the head is by now (a resized or adapted one): see ops.linear.
         logits_TV = self.lm_head(x_BLD.reshape(-1, x_BLD.shape[-1]))
         logits_BLV = logits_TV.view(*x_BLD.shape[:-1], logits_TV.shape[-1])

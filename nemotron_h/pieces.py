@@ -1,0 +1,117 @@
+"""Long prompts in bounded memory: inference over a long row goes through the model a piece of the row at a time.
+
+Any split of a row is the same function (the cache carries the state from piece to piece), so what a piece leaves
+behind is the cache and the hidden states that somebody asked for; nothing else grows with the length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils.import_utils import is_tracing
+
+from .cache import GrowingLayer, NemotronHCache, cache_length, check_room
+from .configuration import NemotronHConfig
+from .packing import document_ids, padding_mask, whole_mask
+
+# What the widest layer may hold of a piece: large enough that every layer's weights, read again for each piece, cost
+# nothing beside the products (2,048 tokens of the 9B on a CPU), small beside the weights.
+_BUDGET = {"cpu": 256 << 20}
+_BUDGET_ELSEWHERE = 1 << 30
+_STEP = 256
+
+
+def piece_length(config: NemotronHConfig, batch: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Tokens of each row that go through the model at a time, a multiple of 256 (fewer than that: 256)."""
+    moe = config.num_experts_per_tok * ((config.moe_latent_size or config.hidden_size) + config.moe_intermediate_size)
+    sizes = config.intermediate_size
+    widest_mlp = max(sizes) if isinstance(sizes, (list, tuple)) else sizes or 0
+    width = {
+        # the projection, its convolved part, the scan's result and its normed form
+        "mamba": config.in_proj_size + config.conv_dim + 2 * config.d_inner,
+        "attention": 4 * config.num_attention_heads * config.head_dim,
+        # before and after the squared ReLU, and between
+        "mlp": 3 * widest_mlp,
+        "moe": 3 * max(config.moe_shared_expert_intermediate_size or 0, 0) + 2 * moe,
+    }
+    widest = max(width[kind] for kind in set(config.layers_block_type))
+    budget = _BUDGET.get(device.type, _BUDGET_ELSEWHERE)
+    return max(_STEP, budget // (batch * widest * dtype.itemsize) // _STEP * _STEP)
+
+
+def wanted(
+    model: Any,
+    cache: Any,
+    *,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Any,
+    position_ids: Tensor | None,
+    **kwargs: Any,
+) -> int:
+    """The length of the pieces that a row should go through the model in; 0 for all of it at once.
+
+    All at once: with a gradient, traced, packed, with a mask that is not a column for each token, and where somebody
+    wants what every layer gave.
+    """
+    tokens = inputs_embeds if input_ids is None else input_ids
+    if tokens is None or tokens.shape[1] <= _STEP or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return 0
+    batch, length = tokens.shape[:2]
+    piece = piece_length(model.config, batch, tokens.device, model.dtype)
+    recorded = ("output_hidden_states", "output_attentions", "output_router_logits")
+    if (
+        length <= piece
+        or is_tracing(tokens)
+        or not (attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2))
+        or any(kwargs.get(name, getattr(model.config, name, False)) for name in recorded)
+    ):
+        return 0
+    mask_BL = padding_mask(whole_mask(attention_mask, batch, length, cache), length, cache)
+    documents = document_ids(tokens, mask_BL, position_ids, None, None, None, None)
+    return piece if documents is None else 0
+
+
+def run(
+    model: Any,
+    piece: int,
+    keep: int,
+    cache: Any,
+    *,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> Any:
+    """`model(...)` for a long row; of the hidden states only the last `keep` positions, or all for 0.
+
+    Raises:
+        ValueError: what the model would say of the whole row, before anything is in the cache.
+    """
+    tokens = input_ids if input_ids is not None else inputs_embeds
+    assert tokens is not None
+    batch, length = tokens.shape[:2]
+    cache = NemotronHCache(model.config) if cache is None else NemotronHCache.adopt(cache, model.config)
+    check_room(cache, batch, length)
+    attention_mask = whole_mask(attention_mask, batch, length, cache)
+    past = int(cache_length(cache))
+    for layer in cache.layers:
+        if isinstance(layer, GrowingLayer):
+            layer.expected_length = past + length
+    kept: list[Tensor] = []
+    for start in range(0, length, piece):
+        here = slice(start, min(start + piece, length))
+        outputs = model(
+            input_ids=None if input_ids is None else input_ids[:, here],
+            inputs_embeds=None if inputs_embeds is None else inputs_embeds[:, here],
+            attention_mask=None if attention_mask is None else attention_mask[:, : past + here.stop],
+            cache=cache,
+            **kwargs,
+        )
+        first = max(0, length - keep - start) if keep else 0
+        if first < here.stop - start:
+            kept.append(outputs.last_hidden_state[:, first:].clone())
+    outputs.last_hidden_state = torch.cat(kept, dim=1)
+    return outputs
