@@ -1,0 +1,1 @@
+"""What the benchmarks share: the models and their peers, measuring in turns, memory, reports."""
