@@ -2,7 +2,7 @@
 # make test       the test suite
 # make quality    ruff and mypy
 # make format     ruff, rewriting
-# make bench      the benchmarks
+# make bench      the benchmarks, about ten minutes; results in benchmarks/results
 #
 # One rule for the environment: everything runs with $(PY), which is .venv/bin/python unless you say otherwise. .venv
 # is made on first use from $(PYTHON), with the pinned versions of $(CONSTRAINTS). To use an environment of your own
@@ -16,6 +16,9 @@ PY ?= $(VENV)/bin/python
 # Test processes, one torch thread each: torch's own threads would only fight each other.
 JOBS ?= 2
 PYTEST_ARGS ?=
+# Each has a time budget of its own, ten minutes in all; BENCH_ARGS=--full measures everything whole, for hours.
+BENCHMARKS ?= loading tiny_decode moe mamba_layer decode long_prefill prefill
+BENCH_ARGS ?=
 # Puts the library's own tests where tests/library looks; without the package index they are skipped, which pytest says.
 FETCH ?= tests/library/fetch.py
 
@@ -58,7 +61,10 @@ format: $(ENV)
 	$(PY) -m ruff format .
 
 bench: $(ENV)
-	@for script in benchmarks/*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
+	@$(PY) -c 'import matplotlib' 2>/dev/null || echo "no plots: make bench EXTRAS=dev,bench in a new .venv, or pip install matplotlib"
+	@for name in $(BENCHMARKS); do \
+	  echo "== $$name"; TRANSFORMERS_VERBOSITY=error $(PY) benchmarks/$$name.py $(BENCH_ARGS) || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info
