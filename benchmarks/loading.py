@@ -95,6 +95,7 @@ def folder_loads(report: Report, name: str, folder: str, size: int, rounds: int,
         return found[reader][-1]["seconds"]
 
     times = measure.in_turns({reader: partial(run, reader) for reader in READERS}, rounds, budget)
+    mark = report.note("resident memory, in which the pages of a mapped file count until the system wants them back")
     rows, entries = [], {}
     for reader, seconds in times.items():
         copies = statistics.median(each["bytes"] for each in found[reader]) / size
@@ -115,7 +116,7 @@ def folder_loads(report: Report, name: str, folder: str, size: int, rounds: int,
         )
     report.table(
         f"Loading, {name}, {size / 1e6:.1f} MB of weights",
-        ["", "seconds", "/ nemotron-h", "peak / weights", "rounds"],
+        ["", "seconds", "/ nemotron-h", f"peak / weights{mark}", "rounds"],
         rows,
     )
     report.data["folders"].append({"name": name, "bytes": size, "readers": entries})

@@ -25,7 +25,7 @@ from harness import measure, models
 from harness.report import Report, arguments
 
 BOUND_GB, SAME = 1.5, 1.1
-PROBE = 128
+PROBE, ATTENTION_PROBE = 128, 512
 OURS, THEIRS = "nemotron-h", "transformers"
 
 
@@ -62,25 +62,30 @@ def held_bytes(cache: Any) -> tuple[int, int]:
 def attention_seconds(config: Any, length: int) -> float:
     """Of one causal attention, the one part that grows with the square of the length."""
     q, k, v = (
-        torch.randn(1, heads, length, config.head_dim, dtype=torch.bfloat16)
+        torch.randn(1, heads, ATTENTION_PROBE, config.head_dim, dtype=torch.bfloat16)
         for heads in (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     )
+
+    def attend() -> None:
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
     with torch.no_grad():
-        return measure.seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+        attend()
+        return measure.seconds(attend) * (length / ATTENTION_PROBE) ** 2
 
 
-def choose(costs: dict[bool, dict[int, float]], lengths: Sequence[int], allowed: float) -> tuple[bool, list[int]]:
-    """Whether to put stand-ins in the Linears' places, and the lengths that then fit: one way for all of them, which
-    are compared with each other."""
-    for ready in costs:
-        if sum(costs[ready][length] for length in lengths) <= allowed:
-            return ready, list(lengths)
-    fitting = [
-        length
-        for place, length in enumerate(sorted(lengths))
-        if place == 0 or sum(costs[True][other] for other in sorted(lengths)[: place + 1]) <= allowed
-    ]
-    return True, fitting
+class Cost:
+    """Seconds to expect of a length, by the last one that was measured."""
+
+    def __init__(self, config: Any, pattern: str, length: int, took: float):
+        self.squared = attention_seconds(config, 1) if "*" in pattern else 0.0
+        self.learn(length, took)
+
+    def learn(self, length: int, took: float) -> None:
+        self.per_token = max(took - self.squared * length**2, 0.1 * took) / length
+
+    def of(self, length: int) -> float:
+        return self.per_token * length + self.squared * length**2
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -99,28 +104,26 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     config = models.config(options.dims, "M*-")
     report.data |= {"dims": models.describe(config), "entries": []}
     for place, (who, pattern, lengths) in enumerate(jobs):
-        ready = False
+        ready, cost, budget = False, None, report.budget.left() / (len(jobs) - place)
+        end = report.budget.spent() + budget
         if not options.full:
-            budget = report.budget.left() / (len(jobs) - place)
-            costs: dict[bool, dict[int, float]] = {}
-            for stand_ins in (False, True):
-                took = measure.in_fresh_process(one_prefill, options.dims, who, pattern, PROBE, stand_ins)["seconds"]
-                costs[stand_ins] = {length: took * length / PROBE for length in lengths}
-                if "*" in pattern:
-                    squared = attention_seconds(config, 4 * PROBE)
-                    for length in lengths:
-                        costs[stand_ins][length] += squared * (length / (4 * PROBE)) ** 2
-            ready, fitting = choose(costs, lengths, budget)
-            for length in sorted(set(lengths) - set(fitting)):
-                cost = costs[True][length]
-                print(f"  {who} {pattern} at {length} tokens is left out: about {cost:.0f} s even without the Linears")
-            lengths = fitting
-        for length in lengths:
+            for ready in (False, True):  # one way for all the lengths, which are compared with each other
+                took = measure.in_fresh_process(one_prefill, options.dims, who, pattern, PROBE, ready)["seconds"]
+                cost = Cost(config, pattern, PROBE, took)
+                if sum(map(cost.of, lengths)) <= budget:
+                    break
+        for number, length in enumerate(sorted(lengths)):
+            left = end - report.budget.spent()
+            if number and cost and cost.of(length) > left:
+                print(f"  {who} {pattern} at {length} tokens is left out: about {cost.of(length):.0f} s of {left:.0f}")
+                continue
             try:
                 found = measure.in_fresh_process(one_prefill, options.dims, who, pattern, length, ready)
             except RuntimeError as error:
                 print(f"  {error}")
                 continue
+            if cost:
+                cost.learn(length, found["seconds"])
             report.data["entries"].append(
                 {"who": who, "pattern": pattern, "length": length, "stand_ins_for_linears": ready, **found}
             )

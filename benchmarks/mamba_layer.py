@@ -131,7 +131,7 @@ def parts(report: Report, options: Any, length: int) -> float:
     measure.in_turns(
         {contender.name: partial(run, contender) for contender in contenders},
         options.rounds,
-        Budget(report.budget.left() / 2),
+        Budget(report.budget.left() / 3),
     )
     rows, entries = [], {}
     mark = report.note(f"projections measured apart with {ROWS} rows and scaled, for time") if apart else ""

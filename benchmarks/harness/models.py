@@ -19,6 +19,7 @@ from transformers.models.nemotron_h import modeling_nemotron_h as library
 
 from nemotron_h import NemotronHCache, NemotronHConfig, NemotronHForCausalLM, ops
 from nemotron_h.compat import CACHE_NAME
+from nemotron_h.pieces import piece_length
 
 from .measure import seconds
 
@@ -157,6 +158,7 @@ class Model:
     name: str
     model: Any
     new_cache: Callable[[], Any]
+    piece: int | None = None  # tokens of a long row that go through the model at a time; None: all of them
 
     @property
     def kinds(self) -> list[str]:
@@ -180,7 +182,8 @@ class Model:
         index = self.kinds.index(kind)
         x_BLD = torch.randn(1, length, self.model.config.hidden_size).to(self.model.dtype)
         block, settings = self.model.model.layers[index], {**self._settings, "cache": self.new_cache()}
-        return seconds(lambda: block(x_BLD, **settings))
+        parts = x_BLD.split(self.piece or length, dim=1)
+        return sum(seconds(lambda part=part: block(part, **settings)) for part in parts)
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
@@ -201,8 +204,9 @@ class Model:
 
 def pair(model: NemotronHForCausalLM) -> tuple[Model, Model]:
     twin = theirs(model)
+    piece = piece_length(model.config, 1, torch.device("cpu"), model.dtype)
     return (
-        Model("nemotron-h", model, lambda: NemotronHCache(model.config)),
+        Model("nemotron-h", model, lambda: NemotronHCache(model.config), piece),
         Model("transformers", twin, lambda: DynamicCache(config=twin.config)),
     )
 
