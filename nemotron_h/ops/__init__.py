@@ -3,6 +3,7 @@
 from .attention import causal_attention
 from .causal_conv import causal_conv
 from .documents import document_index
+from .experts import routed_experts
 from .gated_norm import gated_rms_norm, rms_norm
 from .linear import linear
 from .mamba_step import mamba_step
@@ -24,6 +25,7 @@ __all__ = [
     "quantized_experts_linear",
     "quantized_linear",
     "rms_norm",
+    "routed_experts",
     "router",
     "ssd",
     "ssd_step",

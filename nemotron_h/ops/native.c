@@ -258,23 +258,32 @@ INLINE void four(int wtype, Linear l, int64_t n, int64_t m, int64_t end) {
     }
 }
 
-/* y (M, N) = x (M, K) W^T, W (N, K); with `expert` (M,), row m meets W[expert[m]] of W (E, N, K).
+/* y (M, N) = x (M, K) W^T, W (N, K); with `expert` (M,), row m meets W[expert[m]] of W (E, N, K), and rows that follow
+ * each other with the same expert read its weights once.
  * scale: float32 (N,) for int8, bfloat16 (N, padded / 32) for int4, with a leading E where there are experts.
  * Returns 0, or 1 where memory ran out. */
 int nh_linear(int wtype, int xtype, const void *weight, const void *scale, const void *x, void *y, int64_t M, int64_t N,
               int64_t K, const int64_t *expert) {
-    const int64_t padded = (K + 63) / 64 * 64, groups = padded / 32, steps = (N + 3) / 4, sets = expert ? M : 1;
+    const int64_t padded = (K + 63) / 64 * 64, groups = padded / 32, steps = (N + 3) / 4;
     const int64_t row_bytes = wtype == F32 ? 4 * K : wtype == BF16 ? 2 * K : wtype == Q8 ? K : padded / 2;
+    int64_t *starts = malloc(sizeof(int64_t) * (M + 1));
     float *memory = malloc(sizeof(float) * M * (padded + 2 * groups));
-    if (!memory) return 1;
+    if (!memory || !starts) {
+        free(memory);
+        free(starts);
+        return 1;
+    }
+    int64_t runs = 0;
+    for (int64_t m = 0; m < M; m++)
+        if (m == 0 || (expert && expert[m] != expert[m - 1])) starts[runs++] = m;
+    starts[runs] = M;
     const Rows in = {memory, (int16_t *)memory, memory + M * padded, memory + M * (padded + groups)};
 #pragma omp parallel for if (M > 4)
     for (int64_t m = 0; m < M; m++) arrange(x, xtype, wtype, K, padded, m, in);
     /* Dynamic: a machine shared with others does not run its cores at one speed. */
-#pragma omp parallel for schedule(dynamic, 16) if (sets * N * K > 16384)
-    for (int64_t task = 0; task < sets * steps; task++) {
-        const int64_t set = task / steps, n = task % steps * 4, e = expert ? expert[set] : 0;
-        const int64_t m = expert ? set : 0, end = expert ? set + 1 : M;
+#pragma omp parallel for schedule(dynamic, 16) if (runs * N * K > 16384)
+    for (int64_t task = 0; task < runs * steps; task++) {
+        const int64_t m = starts[task / steps], end = starts[task / steps + 1], n = task % steps * 4, e = expert ? expert[m] : 0;
         const Linear l = {(const char *)weight + e * N * row_bytes,
                           wtype == Q8 ? (const float *)scale + e * N : 0,
                           wtype == Q4 ? (const uint16_t *)scale + e * N * groups : 0,
@@ -285,6 +294,7 @@ int nh_linear(int wtype, int xtype, const void *weight, const void *scale, const
         else four(Q4, l, n, m, end);
     }
     free(memory);
+    free(starts);
     return 0;
 }
 

@@ -20,7 +20,8 @@ def by_hand(q: torch.Tensor, scale: torch.Tensor, bits: int, in_features: int) -
             if bits == 8:
                 weight[n, k] = q[n, k].item() * scale[n].double().item()
             else:
-                block, place, lane = k // 64, k % 64 // 8, k % 8
+                block, t, lane, half = k // 64, k % 64 // 16, k % 16 // 2, k % 2
+                place = 4 * half + t
                 word = q[n, 8 * block + lane].item() & 0xFFFFFFFF
                 weight[n, k] = ((word >> 4 * place & 15) - 8) * scale[n, k // 32].double().item()
     return weight
@@ -181,6 +182,7 @@ def test_linear_in_less_precision(bits, dtype, in_features, rows, generator):
 
 def test_torchs_int8_product_takes_part(generator, monkeypatch):
     """bfloat16 rows that are few and whole vectors wide go through it, nothing else does."""
+    monkeypatch.setenv("NEMOTRON_H_KERNELS", "0")
     calls = []
     inner = torch._weight_int8pack_mm
     monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda x, q, ones: calls.append(x.shape) or inner(x, q, ones))
@@ -221,6 +223,7 @@ def test_autocast(bits, generator):
 @pytest.mark.parametrize("instructions", [False, True])
 def test_half_precision_with_and_without_instructions(instructions, dtype, bits, generator, monkeypatch):
     """Without them the weight is not rounded to half precision; sums over many tiles are never rounded in between."""
+    monkeypatch.setenv("NEMOTRON_H_KERNELS", "0")
     monkeypatch.setattr(quantized, "_cpu_has_bfloat16", lambda: instructions)
     monkeypatch.setitem(quantized._TILE, "cpu", 1)
     q, scale = ops.quantize_weight(random(generator, 300, 40), bits)
@@ -236,8 +239,9 @@ def test_half_precision_with_and_without_instructions(instructions, dtype, bits,
             assert relative.max() <= 0.51 * step
 
 
-def test_few_rows_in_int8_do_not_round_the_scale(generator):
+def test_few_rows_in_int8_do_not_round_the_scale(generator, monkeypatch):
     """One input per output, its product a power of two times x: nothing but the last rounding is left."""
+    monkeypatch.setenv("NEMOTRON_H_KERNELS", "0")
     q = torch.zeros(16, 32, dtype=torch.int8)
     q[torch.arange(16), torch.arange(16)] = 64
     scale, x = torch.rand(16, generator=generator) + 1, random(generator, 3, 32).bfloat16()
