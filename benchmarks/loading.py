@@ -69,12 +69,15 @@ def write_folder(folder: str, dims: str, name: str) -> int:
 
 def load(folder: str, reader: str) -> dict[str, float]:
     """In a fresh process: seconds until every weight is in memory, and the peak of memory meanwhile."""
-    classes = {"nemotron-h": NemotronHForCausalLM, "transformers": models.library.NemotronHForCausalLM}
+    loaders = {
+        "nemotron-h": partial(NemotronHForCausalLM.from_pretrained, dtype="auto"),
+        "transformers": models.load_theirs,
+    }
     kept: list[Any] = []
 
     def run() -> None:
-        if reader in classes:
-            kept.append(classes[reader].from_pretrained(folder, dtype="auto"))
+        if reader in loaders:
+            kept.append(loaders[reader](folder))
             tensors = kept[0].state_dict().values()
         else:
             kept.extend(load_file(path) for path in sorted(Path(folder).glob("*.safetensors")))

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     report = Report("tiny_decode", options, __doc__)
 
     mine = NemotronHForCausalLM.from_pretrained(WORD_PROBLEMS).eval()
-    other = models.library.NemotronHForCausalLM.from_pretrained(WORD_PROBLEMS).eval()
+    other = models.load_theirs(WORD_PROBLEMS).eval()
     contenders = {"nemotron-h": mine, "transformers": other}
     ids = models.tokens(mine.config, options.prompt)
     for model in contenders.values():

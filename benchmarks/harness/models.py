@@ -5,10 +5,12 @@ Dimensions of Nemotron Nano 9B v2 in nine layers, random weights. Nothing here i
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -133,22 +135,32 @@ def ours(config: NemotronHConfig, dtype: torch.dtype = torch.bfloat16) -> Nemotr
     return model.eval()
 
 
+def their_config(settings: dict[str, Any]) -> Any:
+    """The config of `transformers`' own class; the pattern alone, as before 5.20 it reads it."""
+    left_out = ("architectures", "transformers_version", "layers_block_type", "torch_dtype")
+    kept = {key: value for key, value in settings.items() if key not in left_out}
+    return library.NemotronHForCausalLM.config_class(**kept)
+
+
 def theirs(model: NemotronHForCausalLM) -> nn.Module:
     """`transformers`' own class on the very tensors of ours, so that both fit in memory.
 
     Only A_log, D and dt_bias are copies: loaded in bfloat16, its own are bfloat16.
     """
-    # As tests/test_against_transformers.py: the pattern alone, which every version reads.
-    left_out = ("architectures", "transformers_version", "layers_block_type", "dtype", "torch_dtype")
-    settings = {key: value for key, value in model.config.to_dict().items() if key not in left_out}
     tensors = {
         name: tensor.to(model.dtype) if name.endswith(("A_log", ".D", "dt_bias")) else tensor
         for name, tensor in model.state_dict().items()
     }
     with torch.device("meta"):
-        twin = library.NemotronHForCausalLM(library.NemotronHForCausalLM.config_class(**settings))
+        twin = library.NemotronHForCausalLM(their_config(model.config.to_dict()))
     twin.load_state_dict(tensors, assign=True)
     return twin.eval()
+
+
+def load_theirs(folder: str) -> nn.Module:
+    """`transformers`' own from_pretrained on a folder, in the folder's dtype."""
+    settings = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    return library.NemotronHForCausalLM.from_pretrained(folder, config=their_config(settings), dtype="auto")
 
 
 @dataclass
