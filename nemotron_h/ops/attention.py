@@ -77,9 +77,10 @@ def _native_serves(q_BAQ: Tensor, k_BKSQ: Tensor, v_BKSQ: Tensor) -> bool:
         q_BAQ.dtype in (torch.float32, torch.bfloat16)
         and q_BAQ.dtype == k_BKSQ.dtype == v_BKSQ.dtype
         and head_dim % 16 == 0
-        and all(t.stride()[2:] == (head_dim, 1) for t in (k_BKSQ, v_BKSQ))
-        # A slice of one head is plain memory whatever lies between the heads.
-        and native.serves(q_BAQ, k_BKSQ[0, 0], v_BKSQ[0, 0])
+        and k_BKSQ.stride()[2:] == v_BKSQ.stride()[2:] == (head_dim, 1)
+        and type(k_BKSQ) is type(v_BKSQ) is Tensor
+        and k_BKSQ.is_cpu
+        and native.serves(q_BAQ)
     )
 
 

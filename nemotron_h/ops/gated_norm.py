@@ -9,8 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import native
 from .blocks import BLOCK, in_blocks
 from .precision import compute_dtype
+
+
+# One thread's work, in one call instead of six: 9 us instead of 33 for a row of 128.
+_FEW_ROWS = 4
+_NATIVE = (torch.float32, torch.bfloat16)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -19,7 +25,10 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     The weight multiplies before the result is rounded to x's dtype, as in NVIDIA's model and transformers'
     NemotronHRMSNorm (Llama rounds first). Source: RMSNorm, arXiv 1910.07467.
     """
-    if in_blocks(x.shape[:-1].numel(), weight_D, x):
+    rows = x.shape[:-1].numel()
+    if 0 < rows <= _FEW_ROWS and x.dtype in _NATIVE and weight_D.dtype == x.dtype and native.serves(x, weight_D):
+        return native.rms_norm(x, weight_D, eps)
+    if in_blocks(rows, weight_D, x):
         return _in_blocks(weight_D, eps, 1, x)
     return _rms_norm(x, weight_D, eps)
 

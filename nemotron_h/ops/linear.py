@@ -38,7 +38,7 @@ _HALF = (torch.bfloat16, torch.float16)
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """x (..., K) -> (..., N) in x's dtype, summed in float32 at least. The same function as `F.linear`."""
     if (
-        weight_NK.device.type != "cpu"
+        not weight_NK.is_cpu
         or type(weight_NK) not in (Tensor, torch.nn.Parameter)
         or type(x) not in (Tensor, torch.nn.Parameter)
         or weight_NK.dtype != x.dtype

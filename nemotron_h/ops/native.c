@@ -2,6 +2,7 @@
  * everything here has a torch implementation that computes the same.
  *
  * linear      y = W x for few rows of x: the weights are read from memory once, however many rows there are
+ * rms_norm    the norm before every mixer
  * mamba_step  a Mamba-2 mixer between its two projections, for one token, states updated in place
  * attend      grouped-query attention of one query position over keys and values, both read once
  *
@@ -23,6 +24,9 @@ typedef VECTOR(int16_t, 32) v16s;
 typedef VECTOR(uint16_t, 32) v16u;
 typedef uint32_t v8u __attribute__((vector_size(32), aligned(2), may_alias));
 #define INLINE static inline __attribute__((always_inline))
+
+/* Products below which waking other threads (5 to 50 us) costs more than they save. */
+#define WORTH_THREADS 400000
 
 enum { F32 = 0, BF16 = 1, Q8 = 2, Q4 = 3 };
 
@@ -278,10 +282,10 @@ int nh_linear(int wtype, int xtype, const void *weight, const void *scale, const
         if (m == 0 || (expert && expert[m] != expert[m - 1])) starts[runs++] = m;
     starts[runs] = M;
     const Rows in = {memory, (int16_t *)memory, memory + M * padded, memory + M * (padded + groups)};
-#pragma omp parallel for if (M > 4)
+#pragma omp parallel for if (M * K > WORTH_THREADS / 4)
     for (int64_t m = 0; m < M; m++) arrange(x, xtype, wtype, K, padded, m, in);
     /* Dynamic: a machine shared with others does not run its cores at one speed. */
-#pragma omp parallel for schedule(dynamic, 16) if (runs * N * K > 16384)
+#pragma omp parallel for schedule(dynamic, 16) if (M * N * K > WORTH_THREADS)
     for (int64_t task = 0; task < runs * steps; task++) {
         const int64_t m = starts[task / steps], end = starts[task / steps + 1], n = task % steps * 4, e = expert ? expert[m] : 0;
         const Linear l = {(const char *)weight + e * N * row_bytes,
@@ -295,6 +299,23 @@ int nh_linear(int wtype, int xtype, const void *weight, const void *scale, const
     }
     free(memory);
     free(starts);
+    return 0;
+}
+
+/* -------------------------------------------------------------------------------------------------------- rms_norm */
+
+/* y (M, D) = weight x / sqrt(mean(x^2) + eps), all of one type. */
+int nh_rms_norm(int type, const void *x, const void *weight, void *y, int64_t M, int64_t D, float eps) {
+    for (int64_t m = 0; m < M; m++) {
+        float squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (int64_t i = 0; i < D; i++) {
+            const float value = load(x, type, m * D + i);
+            squares += value * value;
+        }
+        const float norm = 1 / sqrtf(squares / D + eps);
+        for (int64_t i = 0; i < D; i++) store(y, type, m * D + i, load(weight, type, i) * (load(x, type, m * D + i) * norm));
+    }
     return 0;
 }
 
@@ -320,7 +341,7 @@ int nh_mamba_step(int type, Mamba d, int64_t batch, const void *projected, void 
     const int64_t per_group = d.heads / d.groups, span = inner / d.groups, row = inner + channels + d.heads;
     float *memory = malloc(sizeof(float) * batch * d.groups * (span + 2 * N));
     if (!memory) return 1;
-#pragma omp parallel for schedule(dynamic, 1) if (batch * d.heads * d.head_dim * N > 8192)
+#pragma omp parallel for schedule(dynamic, 1) if (batch * d.heads * d.head_dim * N > WORTH_THREADS / 4)
     for (int64_t task = 0; task < batch * d.groups; task++) {
         const int64_t b = task / d.groups, g = task % d.groups, z = b * row, xBC = z + inner, dt_raw = xBC + channels;
         float *x = memory + task * (span + 2 * N), *B = x + span, *C = B + N;
@@ -389,7 +410,7 @@ int nh_attend(int type, const void *q, const void *k, const void *v, void *y, in
     const int64_t bytes = type == BF16 ? 2 : 4, per = R * (Q + 2), tasks = batch * key_heads * splits;
     float *memory = malloc(sizeof(float) * tasks * (per + R * Q + Q + R));
     if (!memory) return 1;
-#pragma omp parallel for schedule(dynamic, 1) if (batch * key_heads * L * Q > 16384)
+#pragma omp parallel for schedule(dynamic, 1) if (batch * key_heads * R * L * Q > WORTH_THREADS / 2)
     for (int64_t task = 0; task < tasks; task++) {
         const int64_t split = task % splits, kv = task / splits % key_heads, b = task / splits / key_heads;
         const int64_t from = L * split / splits, to = L * (split + 1) / splits;

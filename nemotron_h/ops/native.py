@@ -20,6 +20,7 @@ import subprocess
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,11 +52,20 @@ def reason() -> str:
     return _library()[1]
 
 
+_loaded: Any = None  # what `serves` found, for the functions below
+
+
 def _library() -> tuple[ctypes.CDLL | None, str]:
+    global _loaded
     if os.environ.get(ENVIRONMENT_VARIABLE, "auto").lower() in ("0", "off", "false", "no"):
         return None, f"{ENVIRONMENT_VARIABLE}={os.environ[ENVIRONMENT_VARIABLE]}"
+    if _loaded is not None:
+        return _loaded
     with _lock:
-        return _built()
+        found = _built()
+    if found[0] is not None:
+        _loaded = found
+    return found
 
 
 @functools.cache
@@ -73,6 +83,7 @@ def _built() -> tuple[ctypes.CDLL | None, str]:
     address, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     native.nh_linear.argtypes = [number, number, *[address] * 4, *[size] * 3, address]
     native.nh_mamba_step.argtypes = [number, _Mamba, size, *[address] * 10]
+    native.nh_rms_norm.argtypes = [number, *[address] * 3, size, size, ctypes.c_float]
     native.nh_attend.argtypes = [number, *[address] * 4, *[size] * 9, ctypes.c_float, size]
     return native, f"native.c, built with {Path(compiler).name}"
 
@@ -114,17 +125,18 @@ def _processor() -> str:
 
 def serves(*tensors: Tensor | None) -> bool:
     """Whether these are tensors that C may read: plain, on the CPU, contiguous, nobody tracing or differentiating."""
+    for t in tensors:
+        if t is not None:
+            kind = type(t)
+            if (kind is not Tensor and kind is not torch.nn.Parameter) or not t.is_cpu or not t.is_contiguous():
+                return False
     return (
-        all(
-            t is None or (type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" and t.is_contiguous())
-            for t in tensors
-        )
-        and not wants_gradient(*tensors)
+        not wants_gradient(*tensors)
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        and torch._C._get_tracing_state() is None
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._len_torch_dispatch_stack() == 0
-        and library() is not None
+        and library() is not None  # last, and before `_loaded` is used
     )
 
 
@@ -138,8 +150,7 @@ def linear(x_MK: Tensor, weight: Tensor, scale: Tensor | None = None, experts_M:
         scale: int8: float32 (N,); int4: bfloat16 (N, ceil(K / 64) * 2).
         experts_M: (M,) int64; row m meets weight[experts_M[m]].
     """
-    native = library()
-    assert native is not None
+    native = _loaded[0]
     M, K = x_MK.shape
     N = weight.shape[-2]
     kind = _TYPES.get(weight.dtype, _INT8 if weight.dtype == torch.int8 else _INT4)
@@ -159,6 +170,16 @@ def linear(x_MK: Tensor, weight: Tensor, scale: Tensor | None = None, experts_M:
     if failed:
         raise MemoryError(f"No memory for {M} rows of {K} inputs.")
     return y_MN
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """`weight * x / sqrt(mean(x^2) + eps)` over the last dimension; x and weight float32 or both bfloat16."""
+    width = x.shape[-1]
+    y = torch.empty_like(x)
+    _loaded[0].nh_rms_norm(
+        _TYPES[x.dtype], x.data_ptr(), weight_D.data_ptr(), y.data_ptr(), x.numel() // width, width, eps
+    )
+    return y
 
 
 def mamba_step(
@@ -182,8 +203,7 @@ def mamba_step(
         projected: (B, 2 I + 2 G N + H), what in_proj gave.
         window_BCW, state_BHPN: the cache's; the state float32.
     """
-    native = library()
-    assert native is not None
+    native = _loaded[0]
     batch, heads, head_dim, state_size = state_BHPN.shape
     y_BI = projected.new_empty(batch, heads * head_dim)
     sizes = _Mamba(heads, head_dim, groups, state_size, window_BCW.shape[-1], *time_step_limit, eps)
@@ -210,8 +230,7 @@ def mamba_step(
 def attend(q_BAQ: Tensor, k_BALQ: Tensor, v_BALQ: Tensor, scale: float) -> Tensor:
     """One query position over all keys: (B, A, Q). The rows of keys and values lie one after the other; their heads
     and batch rows may lie apart (a longer buffer)."""
-    native = library()
-    assert native is not None
+    native = _loaded[0]
     batch, heads, head_dim = q_BAQ.shape
     key_heads, length = k_BALQ.shape[1:3]
     y_BAQ = torch.empty_like(q_BAQ)
