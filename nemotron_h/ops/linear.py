@@ -46,19 +46,19 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor
         or torch.is_autocast_enabled("cpu")
     ):
         return F.linear(x, weight_NK, bias_N)
+    rows, dtype = x.shape[:-1].numel(), weight_NK.dtype
+    slow = dtype in _HALF and not multiplies(dtype)
+    if 0 < rows <= _few(dtype, slow) and native.serves(x, weight_NK):
+        y = native.linear(x, weight_NK)
+        return y if bias_N is None else y.add_(bias_N)
     # Two-dimensional: with a frozen weight torch turns a linear of a 3-D slice into a batched product that first
     # copies the whole weight (3.7 s against 0.08 s at vocabulary 131,072).
-    x_MK = x.reshape(-1, x.shape[-1])
-    y_MN = _rows(x_MK, weight_NK, bias_N)
+    y_MN = _many_rows(x.reshape(-1, x.shape[-1]), weight_NK, bias_N, slow)
     return y_MN.view(*x.shape[:-1], y_MN.shape[-1])
 
 
-def _rows(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+def _many_rows(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, slow: bool) -> Tensor:
     rows, dtype = x_MK.shape[0], weight_NK.dtype
-    slow = dtype in _HALF and not multiplies(dtype)
-    if 0 < rows <= _few(dtype, slow) and native.serves(x_MK, weight_NK):
-        y_MN = native.linear(x_MK, weight_NK)
-        return y_MN if bias_N is None else y_MN.add_(bias_N)
     if slow and rows > 4:
         if wants_gradient(x_MK, weight_NK, bias_N):
             y_MN = _Tiles.apply(x_MK, weight_NK)

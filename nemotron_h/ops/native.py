@@ -43,6 +43,17 @@ class _Mamba(ctypes.Structure):
     ]
 
 
+# The plain dictionary on CPython, whose keys are encoded; elsewhere os.environ itself.
+_ENVIRONMENT: Any = getattr(os.environ, "_data", os.environ)
+_ENVIRONMENT_KEY: Any = (
+    ENVIRONMENT_VARIABLE if _ENVIRONMENT is os.environ else os.environ.encodekey(ENVIRONMENT_VARIABLE)
+)
+
+
+def _switched_off() -> bool:
+    return os.environ.get(ENVIRONMENT_VARIABLE, "auto").lower() in ("0", "off", "false", "no")
+
+
 def library() -> ctypes.CDLL | None:
     return _library()[0]
 
@@ -57,7 +68,9 @@ _loaded: Any = None  # what `serves` found, for the functions below
 
 def _library() -> tuple[ctypes.CDLL | None, str]:
     global _loaded
-    if os.environ.get(ENVIRONMENT_VARIABLE, "auto").lower() in ("0", "off", "false", "no"):
+    # Looked up at every call, so that it may change; in the dictionary behind os.environ, whose own look-up, which
+    # encodes the name and decodes the value, costs more than choosing a linear layer's path.
+    if _ENVIRONMENT.get(_ENVIRONMENT_KEY) is not None and _switched_off():
         return None, f"{ENVIRONMENT_VARIABLE}={os.environ[ENVIRONMENT_VARIABLE]}"
     if _loaded is not None:
         return _loaded
@@ -144,17 +157,17 @@ def linear(x_MK: Tensor, weight: Tensor, scale: Tensor | None = None, experts_M:
     """x W^T for few rows: (M, N) in x's dtype. Sums in float32.
 
     Args:
-        x_MK: (M, K) float32 or bfloat16.
+        x_MK: (M, K) float32 or bfloat16; M may be several dimensions.
         weight: (N, K) float32 or bfloat16, int8, or int32 with int4 in it (N, ceil(K / 64) * 8); see `quantized.py`.
             With `experts_M`, (E, ...).
         scale: int8: float32 (N,); int4: bfloat16 (N, ceil(K / 64) * 2).
         experts_M: (M,) int64; row m meets weight[experts_M[m]].
     """
     native = _loaded[0]
-    M, K = x_MK.shape
-    N = weight.shape[-2]
+    *lead, K = x_MK.shape
+    N, M = weight.shape[-2], x_MK.numel() // K
     kind = _TYPES.get(weight.dtype, _INT8 if weight.dtype == torch.int8 else _INT4)
-    y_MN = x_MK.new_empty(M, N)
+    y_MN = x_MK.new_empty(*lead, N)
     failed = native.nh_linear(
         kind,
         _TYPES[x_MK.dtype],
