@@ -4,6 +4,7 @@ A block is left out only under a comment that says why: `<!-- not run: reason --
 the bundled model's figures into the README.
 """
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -84,5 +85,49 @@ def test_figures_of_the_bundled_model() -> None:
     assert FIGURES.findall(README) == [figures_table()], "python tests/test_readme.py writes them"
 
 
+SPEED = re.compile(r"(?<=<!-- speed -->\n).*?(?=<!-- /speed -->)", re.S)
+
+
+def speed_table() -> str:
+    """From the benchmarks' committed figures; a figure measured in part (see the JSON's notes) has a star."""
+
+    def read(name: str) -> dict:
+        return json.loads((ROOT / "benchmarks" / "figures" / f"{name}.json").read_text())
+
+    rows = ["| tokens per second | nemotron-h | transformers | llama.cpp |", "|---|---|---|---|"]
+    for entry in read("prefill")["lengths"]:
+        shown = [
+            f"{found['tokens_per_second']:.1f}{'' if found['whole'] else '*'}"
+            for found in (entry["contenders"][who] for who in ("nemotron-h", "transformers", "llama.cpp bf16"))
+        ]
+        rows.append(f"| prefill of {entry['length']:,} tokens, bf16 | {' | '.join(shown)} |")
+    for entry in read("decode")["contexts"]:
+        for ours, theirs in (("bf16", "bf16"), ("int8", "q8_0"), ("int4", "q4_0")):
+            names = (f"nemotron-h {ours}", "transformers bf16", f"llama.cpp {theirs}")
+            shown = [f"{entry['contenders'][who]['tokens_per_second']:.1f}" for who in names]
+            shown[1] = shown[1] if ours == "bf16" else ""
+            rows.append(f"| decoding at context {entry['context']:,}, {ours} ({theirs}) | {' | '.join(shown)} |")
+    for entry in read("moe")["entries"]:
+        shown = [f"{entry['contenders'][who]['tokens_per_second']:.1f}" for who in ("nemotron-h", "transformers")]
+        rows.append(f"| 128 experts, 6 chosen: {entry['task']} | {' | '.join(shown)} | |")
+    tiny = read("tiny_decode")["contenders"]
+    shown = [f"{tiny[who]['tokens_per_second']:.0f}" for who in ("nemotron-h", "transformers")]
+    rows.append(f"| `generate()` with the bundled model | {' | '.join(shown)} | |")
+    machine = read("decode")["environment"]
+    bf16 = "with" if machine["bf16_instructions"] else "without"
+    rows += [
+        "",
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['torch_capability']}, {bf16} bfloat16 instructions; "
+        f"torch {machine['torch']}, transformers {machine['transformers']}, llama-cpp-python {machine['llama_cpp']}; "
+        f"{machine['date']}. A star: measured on fewer tokens or one layer of each kind, and scaled.",
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def test_figures_of_the_benchmarks() -> None:
+    assert SPEED.findall(README) == [speed_table()], "python tests/test_readme.py writes them"
+
+
 if __name__ == "__main__":
-    (ROOT / "README.md").write_text(FIGURES.sub(figures_table(), README), encoding="utf-8")
+    written = SPEED.sub(speed_table(), FIGURES.sub(figures_table(), README))
+    (ROOT / "README.md").write_text(written, encoding="utf-8")

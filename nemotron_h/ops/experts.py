@@ -35,7 +35,7 @@ def routed_experts(
     dtype = x_TD.dtype
     if dtype not in (torch.float32, torch.bfloat16) or not dtype == up_EFD.dtype == down_EDF.dtype:
         return None
-    slow = dtype == torch.float32 or not multiplies(dtype)
+    slow = dtype == torch.bfloat16 and not multiplies(dtype)
     if indices_Tk.numel() > (_ROWS_SLOW if slow else _ROWS) * len(up_EFD):
         return None
     if x_TD.device.type != "cpu" or not native.serves(x_TD, up_EFD, down_EDF, weights_Tk):
