@@ -30,7 +30,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import ops
 from .configuration import NemotronHConfig
-from .modeling import NemotronHBlock, NemotronHExperts
+from .modeling import NemotronHExperts, NemotronHForCausalLM
 from .ops.quantized import packed_dtypes, packed_shapes
 
 QUANT_METHOD = "nemotron_h_weight_only"
@@ -230,16 +230,6 @@ class _Quantize(ConversionOps):
         return {full_layer_name: q, f"{full_layer_name}_scale": scale}
 
 
-class _ValuesConverter(WeightConverter):
-    """A converter that leaves scales to the one beside it: to transformers 5.17, which looks for the pattern `x.weight`
-    anywhere in a name, it is also in `x.weight_scale`."""
-
-    __slots__ = ()
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        return (source_key, None) if source_key.endswith("_scale") else super().rename_source_key(source_key)
-
-
 class NemotronHQuantizer(HfQuantizer):
     """Puts packed modules in the place of plain ones before the weights are read, and makes the packed weights from the
     plain ones, tensor by tensor, where the checkpoint is not quantised yet."""
@@ -250,6 +240,7 @@ class NemotronHQuantizer(HfQuantizer):
     def __init__(self, quantization_config: NemotronHQuantizationConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.problems: list[str] = []
+        self._pairs: list[tuple[WeightConverter, WeightConverter]] = []
         self._expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
 
     def is_serializable(self, **_: Any) -> bool:
@@ -295,9 +286,6 @@ class NemotronHQuantizer(HfQuantizer):
             )
         for name, module in list(_to_quantize(model, config, check=not self.pre_quantized)):
             model.set_submodule(name, _packed(module, config.bits, packed=self.pre_quantized))
-        for module in model.modules():
-            if isinstance(module, NemotronHBlock):
-                module._is_hf_initialized = True  # type: ignore[assignment]  # it would draw its mixer's projections
         self._expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
         return model
 
@@ -330,33 +318,16 @@ class NemotronHQuantizer(HfQuantizer):
                 tensor.data = tensor.data.to(dtype)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        """The experts' converters, each with one beside it that does the same with the scales."""
-        updated: list[Any] = []
-        for conversion in weight_conversions:
-            if isinstance(conversion, WeightConverter):
-                sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
-                both = (
-                    _ValuesConverter(list(sources), list(targets), list(conversion.operations)),
-                    WeightConverter([f"{s}_scale" for s in sources], [f"{t}_scale" for t in targets],
-                                    list(conversion.operations)),
-                )  # fmt: skip
-                for made in both:
-                    made.scope_prefix, made.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
-                updated.extend(both)
-            else:
-                updated.append(conversion)
-        self._conversions = updated
-        return updated
+        """With the experts' converters, one for each that does the same with their scales."""
+        converters = [conversion for conversion in weight_conversions if isinstance(conversion, WeightConverter)]
+        self._pairs = [(converter, _for_scales(converter)) for converter in converters]
+        return [*weight_conversions, *(scales for _values, scales in self._pairs)]
 
     def _save_scales(self, model: Any) -> None:
-        """Saving turns back the conversions that loading used: where the scales were made here, theirs is none."""
-        used = getattr(model, "_weight_conversions", None)
-        if used is None:
-            return
-        values = [i for i, made in enumerate(self._conversions) if isinstance(made, _ValuesConverter)]
-        beside = {id(self._conversions[i]): self._conversions[i + 1] for i in values}
-        missing = [beside[id(made)] for made in used if id(made) in beside and beside[id(made)] not in used]
-        model._weight_conversions = [*used, *missing]
+        """Saving turns back the conversions that loading used: where the scales were made here, theirs was not."""
+        if (used := getattr(model, "_weight_conversions", None)) is not None:
+            missing = [scales for values, scales in self._pairs if values in used and scales not in used]
+            model._weight_conversions = [*used, *missing]
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         if isinstance(dtype, str):  # as saving leaves it in the config
@@ -366,6 +337,15 @@ class NemotronHQuantizer(HfQuantizer):
             if isinstance(module, _PackedWeights):
                 model.set_submodule(name, _plain(module, model.config, dtype))
         return model.to(dtype)
+
+
+def _for_scales(converter: WeightConverter) -> WeightConverter:
+    sources, targets = converter._original_source_patterns, converter._original_target_patterns
+    made = WeightConverter(
+        [f"{source}_scale" for source in sources], [f"{target}_scale" for target in targets], list(converter.operations)
+    )
+    made.scope_prefix, made.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
+    return made
 
 
 def _to_quantize(model: Any, config: NemotronHQuantizationConfig, check: bool) -> Iterator[tuple[str, nn.Module]]:
@@ -456,6 +436,30 @@ def _wrong_shape(source: Any, name: str, found: Any, expected: Any) -> str:
     )
 
 
+def weight_bytes(config: NemotronHConfig, quantization_config: NemotronHQuantizationConfig) -> tuple[int, int]:
+    """Bytes of a causal model's weights as its config has them, and quantised. Nothing is read or allocated."""
+    with torch.device("meta"):
+        model = NemotronHForCausalLM(config).to(config.dtype or torch.bfloat16)
+    plain = _bytes(model)
+    for name, module in list(_to_quantize(model, quantization_config, check=True)):
+        model.set_submodule(name, _packed(module, quantization_config.bits, packed=True))
+    return plain, _bytes(model)
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def agreement(logits_TV: Tensor, reference_TV: Tensor) -> tuple[float, float]:
+    """The mean KL divergence of a model's logits from a reference's, in nats, and how often both like the same best."""
+    divergence, same = 0.0, 0
+    for row_V, reference_V in zip(logits_TV, reference_TV, strict=True):  # one by one: a vocabulary is large
+        log_q, log_p = row_V.double().log_softmax(-1), reference_V.double().log_softmax(-1)
+        divergence += (log_p.exp() * (log_p - log_q)).sum().item()
+        same += int(row_V.argmax() == reference_V.argmax())
+    return divergence / len(logits_TV), same / len(logits_TV)
+
+
 def config_for(quantize: Any, source: Any, arguments: dict[str, Any]) -> QuantizationConfigMixin:
     """What `from_pretrained(source, quantize=..., **arguments)` asks for, as a quantization config.
 
@@ -478,25 +482,19 @@ def config_for(quantize: Any, source: Any, arguments: dict[str, Any]) -> Quantiz
             f"quantize={quantize!r}, but {source} is quantised already ({stored.get('quant_method')}): leave quantize "
             "out, or name the checkpoint that it was made from."
         )
-    experts = config is None or "moe" in config.layers_block_type
-    if not experts and _all_on_cuda(arguments.get("device_map")) and is_torchao_available():
+    if "moe" not in config.layers_block_type and _all_on_cuda(arguments.get("device_map")) and is_torchao_available():
         if torchao := _torchao(quantize, arguments.get("dtype", arguments.get("torch_dtype"))):
             return torchao
     return NemotronHQuantizationConfig(quantize)
 
 
-def _read_config(source: Any, arguments: dict[str, Any]) -> NemotronHConfig | None:
-    """The model's config; None where there is none to be had, which loading says better."""
+def _read_config(source: Any, arguments: dict[str, Any]) -> NemotronHConfig:
     config = arguments.get("config")
     if isinstance(config, NemotronHConfig):
         return config
     hub = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-    try:
-        return NemotronHConfig.from_pretrained(
-            source if config is None else config, **{name: arguments[name] for name in hub if name in arguments}
-        )
-    except OSError:
-        return None
+    given = {name: arguments[name] for name in hub if name in arguments}
+    return NemotronHConfig.from_pretrained(source if config is None else config, **given)
 
 
 def _all_on_cuda(device_map: Any) -> bool:
@@ -540,6 +538,8 @@ __all__ = [
     "NemotronHQuantizer",
     "QuantizedExperts",
     "QuantizedLinear",
+    "agreement",
     "config_for",
     "register",
+    "weight_bytes",
 ]

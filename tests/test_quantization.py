@@ -216,6 +216,17 @@ def test_memory(quantize, folder):
             assert sum(t.nbytes for t in (module.weight, module.weight_scale)) == expected
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("quantize", BITS)
+def test_weight_bytes(quantize, family, folder, tmp_path):
+    """What is reckoned from the config alone is what lies on disk, before and after."""
+    path = folder(family, torch.bfloat16)
+    NemotronHForCausalLM.from_pretrained(path, quantize=quantize).save_pretrained(tmp_path)
+    stored = tuple(sum(t.nbytes for t in load_file(f"{at}/model.safetensors").values()) for at in (path, tmp_path))
+    config = AutoConfig.from_pretrained(path)
+    assert quantization.weight_bytes(config, NemotronHQuantizationConfig(quantize)) == stored
+
+
 def test_one_plain_weight_at_a_time(folder, monkeypatch):
     """While a tensor is quantised, the one before it is gone: the plain model is never whole in memory."""
     alive: list[weakref.ref] = []
@@ -290,7 +301,9 @@ def test_biases_are_kept(folder):
     path = folder("dense", use_bias=True, attention_bias=True, mlp_bias=True)
     model = NemotronHForCausalLM.from_pretrained(path, quantize="int4")
     assert model.model.layers[0].mixer.out_proj.bias.abs().max() > 0
-    assert relative_difference(model(tokens(1, 9)).logits, rounded(path, 4)(tokens(1, 9)).logits) <= 1e-10
+    expected = rounded(path, 4)(tokens(1, 9)).logits
+    assert relative_difference(model(tokens(1, 9)).logits, expected) <= 1e-10
+    assert relative_difference(model.dequantize()(tokens(1, 9)).logits, expected) <= 1e-10
 
 
 @pytest.mark.core
@@ -306,12 +319,14 @@ def test_dequantize(family, quantize, folder, tmp_path):
     model.save_pretrained(tmp_path / "plain")
     assert load_file(tmp_path / "plain" / "model.safetensors").keys() == load_file(f"{path}/model.safetensors").keys()
     assert same_tensors(model, NemotronHForCausalLM.from_pretrained(tmp_path / "plain"))
-    # after saving, the config names its dtype in words
     half = NemotronHForCausalLM.from_pretrained(path, quantize=quantize)
-    half.save_pretrained(tmp_path / "half")
     half = half.dequantize(torch.bfloat16)
     assert half.model.layers[0].mixer.in_proj.weight.dtype == half.lm_head.weight.dtype == torch.bfloat16
     assert half.model.layers[0].mixer.A_log.dtype == torch.float32
+    # after saving, the config names its dtype in words
+    saved = NemotronHForCausalLM.from_pretrained(path, quantize=quantize)
+    saved.save_pretrained(tmp_path / "again")
+    assert same_tensors(saved.dequantize(), model)
 
 
 @pytest.mark.parametrize("quantize", BITS)
@@ -388,6 +403,17 @@ def test_lora(family, quantize, use_dora, folder, tmp_path):
     assert same_tensors(model.unload(), untouched)
 
 
+@pytest.mark.parametrize("auto", [False, True])
+def test_an_adapters_folder(auto, folder, tmp_path):
+    """It has no config of its own: what is quantised is the model that it names."""
+    trained = with_adapters(NemotronHForCausalLM.from_pretrained(folder("dense"), quantize="int8"))
+    trained.save_pretrained(tmp_path)
+    model = (AutoModelForCausalLM if auto else NemotronHForCausalLM).from_pretrained(tmp_path, quantize="int8")
+    assert isinstance(model.model.layers[0].mixer.in_proj.base_layer, QuantizedLinear)
+    ids = tokens(1, 9)
+    assert relative_difference(model(ids).logits, trained(ids).logits, record=False) <= 1e-4  # adapters in float32
+
+
 def test_training_without_adapters_is_refused(folder):
     with pytest.raises(ValueError, match="attach trainable adapters"):
         validate_quantization_for_training(NemotronHForCausalLM.from_pretrained(folder("dense"), quantize="int8"))
@@ -454,7 +480,12 @@ def test_the_config():
 
 @pytest.mark.parametrize(
     ("pattern", "message"),
-    [("in_prj", r"has 'in_prj', which no module .* is called: correct it"), ("in_proj(", "is no regular expression")],
+    [
+        ("in_prj", r"has 'in_prj', which no module .* is called: correct it"),
+        ("in_pro", "has 'in_pro', which no module"),
+        ("n_proj", "has 'n_proj', which no module"),
+        ("in_proj(", "is no regular expression"),
+    ],
 )
 def test_an_exclusion_that_excludes_nothing(pattern, message, folder):
     config = NemotronHQuantizationConfig(modules_to_not_convert=[pattern])
@@ -509,7 +540,7 @@ def test_a_missing_tensor(name, quantised, folder, tmp_path):
 @pytest.mark.parametrize("name", ["in_proj.weight", "norm.weight", "expert"])
 def test_a_wrong_shape(name, quantised, folder, tmp_path):
     path = folder("moe", torch.float32)
-    arguments = {"quantize": "int8"}
+    arguments = {"quantize": "int8" if quantised else "int4"}
     if quantised:
         NemotronHForCausalLM.from_pretrained(path, **arguments).save_pretrained(tmp_path / "quantised")
         path, arguments = str(tmp_path / "quantised"), {}
