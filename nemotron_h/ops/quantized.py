@@ -89,14 +89,16 @@ def quantize_weight(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     rows_NK = weight.reshape(-1, k)
     q = torch.empty(len(rows_NK), *q_shape[1:], dtype=dtypes[0], device=weight.device)
     scale = torch.empty(len(rows_NK), *scale_shape[1:], dtype=dtypes[1], device=weight.device)
-    for here in _tiles(len(rows_NK), k, weight.device):
+    finite = torch.ones((), dtype=torch.bool, device=weight.device)
+    for here in _tiles(len(rows_NK), 4 * k, weight.device):  # several copies of a tile are worked with at once
         tile_NK = rows_NK[here].to(compute_dtype(weight))
-        if not tile_NK.isfinite().all():
-            raise ValueError(
-                f"The weight of shape {tuple(weight.shape)} has values that are NaN or infinite, which {bits} bits "
-                "cannot hold: leave that module out with modules_to_not_convert, or fetch the checkpoint again."
-            )
-        q[here], scale[here] = _quantize_int8(tile_NK) if bits == 8 else _quantize_int4(tile_NK)
+        q[here], scale[here], peaks = _quantize_int8(tile_NK) if bits == 8 else _quantize_int4(tile_NK)
+        finite &= peaks.isfinite().all()
+    if not finite:
+        raise ValueError(
+            f"The weight of shape {tuple(weight.shape)} has values that are NaN or infinite, which {bits} bits cannot "
+            "hold: leave that module out with modules_to_not_convert, or fetch the checkpoint again."
+        )
     return q.view(*lead, *q_shape), scale.view(*lead, *scale_shape)
 
 
@@ -244,13 +246,16 @@ def _few_rows(x_RK: Tensor, q: Tensor, scale: Tensor, bits: int) -> Tensor | Non
     return None
 
 
-def _quantize_int8(w_NK: Tensor) -> tuple[Tensor, Tensor]:
-    scale_N = (w_NK.abs().amax(-1) / 127).float()
+def _quantize_int8(w_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, scale and what the scale was made from, which is NaN or infinite if any of the row is."""
+    peak_N = w_NK.abs().amax(-1)
+    scale_N = (peak_N / 127).float()
     q_NK = (w_NK / _nonzero(scale_N)[:, None]).round_().clamp_(-127, 127)
-    return q_NK.to(torch.int8), scale_N
+    return q_NK.to(torch.int8), scale_N, peak_N
 
 
-def _quantize_int4(w_NK: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_int4(w_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_quantize_int8`, by group."""
     rows, in_features = w_NK.shape
     groups = F.pad(w_NK, (0, -in_features % BLOCK)).view(rows, -1, GROUP)
     peak = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
@@ -265,7 +270,7 @@ def _quantize_int4(w_NK: Tensor) -> tuple[Tensor, Tensor]:
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=q.device)[:, None]
     # The bits of the summands do not overlap, so the sum is their union; the topmost may set the sign.
     packed = (q << shifts).sum(-2, dtype=torch.int32)
-    return packed.view(rows, -1), best_scale.view(rows, -1).bfloat16()
+    return packed.view(rows, -1), best_scale.view(rows, -1).bfloat16(), peak
 
 
 def _round_int4(groups: Tensor, scale: Tensor) -> Tensor:
