@@ -309,9 +309,10 @@ class _LibraryExperts(nn.Module):
 
 class NemotronHExperts(_LibraryExperts):
     def forward(self, x_TD: Tensor, indices_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-        y_TD = ops.routed_experts(x_TD, self.up_proj, self.down_proj, self.act_fn, indices_Tk, weights_Tk)
-        if y_TD is not None:
-            return y_TD
+        if self.config._experts_implementation == "grouped_mm":  # the default; another was asked for
+            y_TD = ops.routed_experts(x_TD, self.up_proj, self.down_proj, self.act_fn, indices_Tk, weights_Tk)
+            if y_TD is not None:
+                return y_TD
         run = _LibraryExperts.forward
         if self.config._experts_implementation == "grouped_mm" and not self._grouped_gemm_runs():
             run = run.__wrapped__  # type: ignore[attr-defined]
