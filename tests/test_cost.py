@@ -183,7 +183,7 @@ def test_a_step_costs_the_same_whatever_the_number_of_steps_before(kernels, dtyp
 # ----------------------------------------------------------------------------------------------------- bytes a token
 
 
-@pytest.mark.parametrize("pattern", ["M", "*", "-*", "E*", "M*-E"])
+@pytest.mark.parametrize("pattern", ["M", "*", "M*-E"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_bytes_a_decoded_token_do_not_grow_with_the_context(kernels, path, pattern, dtype, monkeypatch):
@@ -282,7 +282,7 @@ def test_the_largest_allocation_of_a_row_in_pieces_does_not_grow_with_it(kernels
     monkeypatch.setattr(pieces, "_STEP", 8)
     monkeypatch.setattr(pieces, "_BUDGET", {"cpu": 1})
     model, largest = model_of(pattern), []
-    for length in (64, 512 if pattern == "*" else 160):
+    for length in (32, 512 if pattern == "*" else 96):
         ids, cache = tokens(2, length), NemotronHCache(model.config)
         mask = torch.ones_like(ids)
         mask[0, : 3 if masked else 0] = 0

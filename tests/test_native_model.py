@@ -89,16 +89,18 @@ def test_padded_rows_token_by_token(family, calls):
     assert {"linear", "mamba_step"} <= set(calls)
 
 
+STATIC = {"cache_implementation": "static", "disable_compile": True}
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"num_beams": 3}, {"cache_implementation": "static", "disable_compile": True}],
-    ids=["greedy", "beams", "static"],
+    ("rows", "settings"),
+    [("one", {}), ("padded", {}), ("padded", {"num_beams": 3}), ("padded", STATIC)],
+    ids=["one-row", "padded", "beams", "static"],
 )
-@pytest.mark.parametrize("rows", ["one", "padded"])
 def test_generate_gives_what_torch_alone_gives(family, settings, rows, calls, monkeypatch):
     model = model_of(family)
     ids, mask = padded() if rows == "padded" else (tokens(1, 12), torch.ones(1, 12, dtype=torch.long))
-    settings = {"max_new_tokens": 16, "do_sample": False, "attention_mask": mask, **settings}
+    settings = {"max_new_tokens": 8, "do_sample": False, "attention_mask": mask, **settings}
     ours = model.generate(ids, **settings)
     used = dict(calls)
     assert used["mamba_step"] > 0 and used["linear"] > 0
@@ -107,7 +109,7 @@ def test_generate_gives_what_torch_alone_gives(family, settings, rows, calls, mo
     theirs = model.generate(ids, **settings)
     assert dict(calls) == used  # the premise
     assert torch.equal(ours, theirs)
-    assert len(ours[0].unique()) > 6  # and not one token for ever
+    assert len(ours[0].unique()) > 4  # and not one token for ever
 
 
 @torch.no_grad()

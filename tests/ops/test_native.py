@@ -82,14 +82,14 @@ def tolerance(kind: str, dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 class TestLinear:
     @pytest.mark.core
-    @pytest.mark.parametrize("k", [7, 100, 130, 512, 600])
-    def test_every_number_of_rows(self, generator, kind, dtype, k):
-        w, scale, exact_NK = weights(kind, generator, k)
-        for rows in range(1, 10):
-            x_MK = random(generator, rows, k, dtype=dtype)
-            y_MN = native.linear(x_MK, w, scale)
-            assert y_MN.dtype == dtype and y_MN.shape == (rows, N)
-            assert row_error(y_MN, x_MK.double() @ exact_NK.T) <= tolerance(kind, dtype), rows
+    def test_every_number_of_rows_and_odd_widths(self, generator, kind, dtype):
+        for k in (7, 100, 130, 512, 600):
+            w, scale, exact_NK = weights(kind, generator, k)
+            for rows in range(1, 10):
+                x_MK = random(generator, rows, k, dtype=dtype)
+                y_MN = native.linear(x_MK, w, scale)
+                assert y_MN.dtype == dtype and y_MN.shape == (rows, N)
+                assert row_error(y_MN, x_MK.double() @ exact_NK.T) <= tolerance(kind, dtype), (k, rows)
 
     @pytest.mark.parametrize("k", [7, 130])
     def test_each_row_meets_its_own_expert(self, generator, kind, dtype, k):
@@ -145,6 +145,15 @@ def test_what_is_not_a_number_stays_so(generator, kind, value):
     x_MK[1, 77] = value
     y_MN = native.linear(x_MK, w)
     assert not y_MN[1].isfinite().any() and y_MN[[0, 2]].isfinite().all()
+
+
+@needs_library
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1])
+def test_no_nan_is_rounded_to_a_number(bits):
+    """Adding to the bits of the last ones would carry into the sign."""
+    weight = torch.tensor([[bits]], dtype=torch.int32).view(torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert native.linear(torch.ones(1, 1, dtype=dtype), weight).isnan().all()
 
 
 @needs_library
