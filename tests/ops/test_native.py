@@ -6,6 +6,7 @@ compiler, who may be handed to C.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import stat
@@ -18,12 +19,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from comparing import random
+from comparing import error, random
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nemotron_h
-from nemotron_h.ops import native
+from nemotron_h import ops
+from nemotron_h.ops import native, reference
 from nemotron_h.ops.linear import linear
 
 LIBRARY = native.library()  # before any test changes where it is looked for
@@ -134,6 +136,29 @@ class TestLinear:
         x_MK = torch.cat([torch.zeros(1, dtype=dtype), random(generator, 260, dtype=dtype)])[1:].view(2, 130)
         y_MN = native.linear(x_MK, at, scale)
         assert row_error(y_MN, x_MK.double() @ exact_NK.T) <= tolerance(kind, dtype)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("on", [pytest.param("1", marks=needs_library), "0"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_norm_of_a_few_rows(generator, monkeypatch, dtype, on):
+    """`rms_norm` with native.c and without, below and above the number of rows that it takes."""
+    monkeypatch.setenv(native.ENVIRONMENT_VARIABLE, on)
+    calls, function = [], native.rms_norm
+    monkeypatch.setattr(native, "rms_norm", lambda *args: calls.append(1) or function(*args))
+    bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+    for shape, size in itertools.product(((), (1,), (1, 1), (2, 2), (3, 3)), (1, 7, 8, 37, 128)):
+        x, weight = random(generator, *shape, size, dtype=dtype), random(generator, size, dtype=dtype)
+        for times in (1.0, 1e-3, 100.0):
+            expected = reference.rms_norm((x * times).double(), weight.double(), 1e-5)
+            y = ops.rms_norm(x * times, weight, 1e-5)
+            assert y.dtype == dtype and error(y, expected) <= bound, (shape, size, times)
+    zero = ops.rms_norm(torch.zeros(1, 8, dtype=dtype), torch.ones(8, dtype=dtype), 1e-5)
+    assert torch.equal(zero, torch.zeros(1, 8, dtype=dtype))
+    assert bool(calls) == (on == "1" and dtype in (torch.float32, torch.bfloat16))
+    before = len(calls)
+    leaf = random(generator, 1, 8, dtype=dtype).requires_grad_()
+    assert ops.rms_norm(leaf, torch.ones(8, dtype=dtype), 1e-5).requires_grad and len(calls) == before
 
 
 @needs_library
