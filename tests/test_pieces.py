@@ -174,10 +174,11 @@ def test_without_a_cache_none_is_given_back(in_pieces):
 def test_the_loss_is_that_of_the_whole_row(in_pieces):
     model, (ids, mask) = small_model("moe"), padded("right")
     labels = ids.masked_fill(mask == 0, -100)
-    expected = model(ids, attention_mask=mask, labels=labels)
-    with in_pieces(model) as lengths:
-        out = model(ids, attention_mask=mask, labels=labels)
-    assert lengths == CUT and abs(out.loss - expected.loss) <= TOLERANCE
+    for items in ({}, {"num_items_in_batch": 7}):  # what Trainer passes
+        expected = model(ids, attention_mask=mask, labels=labels, **items)
+        with in_pieces(model) as lengths:
+            out = model(ids, attention_mask=mask, labels=labels, **items)
+        assert lengths == CUT and abs(out.loss - expected.loss) <= TOLERANCE
 
 
 @pytest.mark.parametrize("length", [PIECE + 1, 2 * PIECE - 1, 2 * PIECE, 2 * PIECE + 1])
