@@ -18,7 +18,6 @@ from transformers.cache_utils import (
 )
 
 from .compat import DummyLayer
-from .ops.blocks import wants_gradient
 
 if TYPE_CHECKING:
     from .configuration import NemotronHConfig
@@ -181,16 +180,22 @@ class GrowingLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         before = self.get_seq_length()
-        held = (self.keys, self.values) if before else ()
-        if torch.compiler.is_compiling() or wants_gradient(key_states, value_states, *held):
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
             self._room = self._views = None
+            # Also where the keys are frozen: a backward by the queries reads them, and writing after them counts.
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         after = before + key_states.shape[-2]
         room = self._room
         ours = self._views is not None and self.keys is self._views[0] and self.values is self._views[1]
-        if not (room is not None and ours and room.filled == before and after <= room.keys.shape[-2]):
+        if (
+            room is None
+            or not ours
+            or room.filled != before
+            or after > room.keys.shape[-2]
+            or (room.keys.is_inference() and not torch.is_inference_mode_enabled())
+        ):
             # An eighth more, so that a token costs the copying of nine on average, and a prefill nothing.
             length = max(self.expected_length, after if before == 0 else after + after // 8 + 64)
             shapes = ((*t.shape[:-2], length, t.shape[-1]) for t in (key_states, value_states))

@@ -41,6 +41,10 @@ def piece_length(config: NemotronHConfig, batch: int, device: torch.device, dtyp
     return max(_STEP, budget // (batch * widest * dtype.itemsize) // _STEP * _STEP)
 
 
+def _asked(given: bool | None, configured: bool) -> bool:
+    return bool(configured if given is None else given)
+
+
 def wanted(
     model: Any,
     cache: Any,
@@ -66,7 +70,7 @@ def wanted(
         length <= piece
         or is_tracing(tokens)
         or not (attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2))
-        or any(kwargs.get(name, getattr(model.config, name, False)) for name in recorded)
+        or any(_asked(kwargs.get(name), getattr(model.config, name, False)) for name in recorded)
     ):
         return 0
     mask_BL = padding_mask(whole_mask(attention_mask, batch, length, cache), length, cache)

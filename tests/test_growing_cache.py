@@ -128,6 +128,7 @@ def test_a_copy_that_goes_back_does_not_write_over_the_other(how):
     assert torch.equal(other.keys, torch.cat(expected, -2))
 
 
+@torch.no_grad()
 def test_a_token_costs_no_copy_of_the_others():
     """The buffer is another a few times in 600 tokens, not 600 times; no more than an eighth and 64 is spare."""
     layer, buffers = filled(1), set()
@@ -146,6 +147,7 @@ def test_a_prefill_has_no_room_to_spare():
 
 
 @pytest.mark.parametrize("before", [0, 10])
+@torch.no_grad()
 def test_expected_length_makes_one_buffer(before):
     layer, theirs = GrowingLayer(), DynamicLayer()
     if before:

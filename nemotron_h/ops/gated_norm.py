@@ -25,7 +25,13 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     NemotronHRMSNorm (Llama rounds first). Source: RMSNorm, arXiv 1910.07467.
     """
     rows = x.shape[:-1].numel()
-    if 0 < rows <= _FEW_ROWS and x.dtype in _NATIVE and weight_D.dtype == x.dtype and native.serves(x, weight_D):
+    if (
+        0 < rows <= _FEW_ROWS
+        and x.shape[-1] == len(weight_D) > 0
+        and x.dtype in _NATIVE
+        and weight_D.dtype == x.dtype
+        and native.serves(x, weight_D)
+    ):
         return native.rms_norm(x, weight_D, eps)
     if in_blocks(rows, weight_D, x):
         return _in_blocks(weight_D, eps, 1, x)

@@ -109,15 +109,17 @@ static void arrange(const void *x, int xtype, int wtype, int64_t K, int64_t padd
         return;
     }
     for (int64_t g = 0; g < padded / 32; g++) {
-        float in[32], largest = 0;
+        float in[32], largest = 0, carried = 0;
         for (int i = 0; i < 32; i++) {
             in[i] = 32 * g + i < K ? load(x, xtype, m * K + 32 * g + i) : 0;
             largest = fmaxf(largest, fabsf(in[i]));
+            carried += in[i] * 0; /* NaN where an input is NaN or infinite, which integers cannot say */
         }
-        const float unit = largest / 32767, inverse = largest > 0 ? 32767 / largest : 0;
+        const int usable = largest > 0x1p-100f && carried == 0;
+        const float unit = usable ? largest / 32767 : carried, inverse = usable ? 32767 / largest : 0;
         int32_t sum = 0;
         for (int i = 0; i < 32; i++) {
-            const int32_t value = (int32_t)rintf(in[i] * inverse);
+            const int32_t value = usable ? (int32_t)rintf(in[i] * inverse) : 0;
             rows.fixed[m * padded + 32 * g + i] = (int16_t)value;
             sum += value;
         }

@@ -1,7 +1,7 @@
 """native.c, built where a C compiler is found and left out where none is.
 
 Nothing needs it: every function here has a torch implementation beside its caller, which computes the same. It is
-built once a machine, in about a second and a half, at the first decoded token, and kept in the user's cache folder.
+built once a machine, in 10 to 20 seconds, at the first decoded token, and kept in the user's cache folder.
 `NEMOTRON_H_KERNELS=0` keeps to torch; `CC` names another compiler, `XDG_CACHE_HOME` another cache.
 
 It takes plain CPU tensors outside autograd and tracing (`serves`), float32 and bfloat16.
@@ -89,8 +89,12 @@ def _built() -> tuple[ctypes.CDLL | None, str]:
     try:
         path = _cached(compiler)
         native = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
-        words = " ".join((getattr(error, "stderr", None) or str(error)).split())[:200]
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
+        said = getattr(error, "stderr", None) or b""
+        said = said.decode(errors="replace") if isinstance(said, bytes) else said
+        # The compiler's own words first; it may have failed without any.
+        words = " ".join((said or str(error)).split())
+        words = words if len(words) <= 200 else f"{words[:100]} ... {words[-100:]}"
         logger.info("native.c was not built with %s: %s", compiler, words)
         return None, f"{compiler} cannot build native.c ({words}), so decoding on this CPU runs in torch, slower"
     address, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -103,7 +107,9 @@ def _built() -> tuple[ctypes.CDLL | None, str]:
 
 def _cached(compiler: str) -> Path:
     """The built library; its name says what it was built from, by what, on which processor."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, errors="replace", check=True, timeout=60
+    ).stdout
     what = repr((SOURCE.read_text(), _FLAGS, version, _processor(), torch.__version__))
     name = f"native-{hashlib.sha256(what.encode()).hexdigest()[:20]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemotron_h"
@@ -118,11 +124,11 @@ def _cached(compiler: str) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as building:
             compiled, linked = Path(building) / "native.o", Path(building) / name
             command = [compiler, *_FLAGS, "-c", str(SOURCE), "-o", str(compiled)]
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+            subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=120)
             # Linked without -fopenmp: the OpenMP that torch has loaded serves, so there is one pool of threads, whose
             # number `torch.set_num_threads` sets.
             command = [compiler, "-shared", str(compiled), "-o", str(linked), "-lm"]
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+            subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=120)
             os.replace(linked, path)
     return path
 
@@ -138,17 +144,21 @@ def _processor() -> str:
 
 def serves(*tensors: Tensor | None) -> bool:
     """Whether these are tensors that C may read: plain, on the CPU, contiguous, nobody tracing or differentiating."""
+    if torch.compiler.is_compiling():
+        return False
     for t in tensors:
         if t is not None:
             kind = type(t)
-            if (kind is not Tensor and kind is not torch.nn.Parameter) or not t.is_cpu or not t.is_contiguous():
+            if (kind is not Tensor and kind is not torch.nn.Parameter) or not t.is_cpu:
+                return False
+            if t.layout is not torch.strided or not t.is_contiguous() or t.is_neg():
                 return False
     return (
         not wants_gradient(*tensors)
-        and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch.autograd.forward_ad._current_level < 0
         and library() is not None  # last, and before `_loaded` is used
     )
 
@@ -163,7 +173,7 @@ def linear(x_MK: Tensor, weight: Tensor, scale: Tensor | None = None, experts_M:
         scale: int8: float32 (N,); int4: bfloat16 (N, ceil(K / 64) * 2).
         experts_M: (M,) int64; row m meets weight[experts_M[m]].
     """
-    native = _loaded[0]
+    native: Any = (_loaded or _library())[0]
     *lead, K = x_MK.shape
     N, M = weight.shape[-2], x_MK.numel() // K
     kind = _TYPES.get(weight.dtype, _INT8 if weight.dtype == torch.int8 else _INT4)
@@ -189,7 +199,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """`weight * x / sqrt(mean(x^2) + eps)` over the last dimension; x and weight float32 or both bfloat16."""
     width = x.shape[-1]
     y = torch.empty_like(x)
-    _loaded[0].nh_rms_norm(
+    (_loaded or _library())[0].nh_rms_norm(  # type: ignore[union-attr]
         _TYPES[x.dtype], x.data_ptr(), weight_D.data_ptr(), y.data_ptr(), x.numel() // width, width, eps
     )
     return y
@@ -216,7 +226,7 @@ def mamba_step(
         projected: (B, 2 I + 2 G N + H), what in_proj gave.
         window_BCW, state_BHPN: the cache's; the state float32.
     """
-    native = _loaded[0]
+    native: Any = (_loaded or _library())[0]
     batch, heads, head_dim, state_size = state_BHPN.shape
     y_BI = projected.new_empty(batch, heads * head_dim)
     sizes = _Mamba(heads, head_dim, groups, state_size, window_BCW.shape[-1], *time_step_limit, eps)
@@ -243,7 +253,7 @@ def mamba_step(
 def attend(q_BAQ: Tensor, k_BALQ: Tensor, v_BALQ: Tensor, scale: float) -> Tensor:
     """One query position over all keys: (B, A, Q). The rows of keys and values lie one after the other; their heads
     and batch rows may lie apart (a longer buffer)."""
-    native = _loaded[0]
+    native: Any = (_loaded or _library())[0]
     batch, heads, head_dim = q_BAQ.shape
     key_heads, length = k_BALQ.shape[1:3]
     y_BAQ = torch.empty_like(q_BAQ)
