@@ -58,6 +58,7 @@ def test_sparse_weights():
         assert torch.allclose(ops.linear(x, stored), F.linear(x, stored), atol=1e-05)
 
 
+@pytest.mark.skipif(native.library() is None, reason=f"no native.c: {native.reason()}")
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_quantised_not_a_number(kind, value):
