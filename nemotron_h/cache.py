@@ -218,6 +218,7 @@ class GrowingLayer(DynamicLayer):
 
     def reset(self) -> None:
         self.keys = self.values = self._room = self._views = None
+        self.expected_length = 0
         self.is_initialized = False
 
 

@@ -19,6 +19,17 @@ def parameter_dtype() -> torch.dtype:
     return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
+def unchanged(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of the module is its class's forward and nothing else: no hook, no adapter, no forward of another
+    library's. Only then may its parameters be read in place of a call."""
+    return (
+        type(module) is kind
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and "forward" not in module.__dict__
+    )
+
+
 class Float32Parameters(nn.Module):
     """A module whose own parameters stay float32 when the model is cast to half precision.
 

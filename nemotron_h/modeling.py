@@ -10,6 +10,8 @@ heads, Q head dim of attention, V vocabulary.
 """
 
 # No `from __future__ import annotations` here: transformers reads the annotations of the forwards as objects.
+# The mixers are in the models' own file: transformers reads its source to see whether the attention and experts
+# interfaces are there, and refuses to set either where they are not.
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,6 +57,7 @@ from .layers import (
     NemotronHRMSNorm,
     NemotronHRMSNormGated,
     parameter_dtype,
+    unchanged,
 )
 from .packing import document_ids, padding_mask, same_document, varlen_kwargs, whole_mask
 
@@ -114,7 +117,15 @@ class NemotronHMamba2Mixer(Float32Parameters):
         state_BHPN = memory.state_BHPN if memory is not None else None
 
         projected = self.in_proj(x_BLD)
-        if memory is not None and length == 1 and window_BCW is not None and state_BHPN is not None and mask_BL is None:
+        if (
+            memory is not None
+            and window_BCW is not None
+            and state_BHPN is not None
+            and length == 1
+            and mask_BL is None
+            and unchanged(self.conv1d, NemotronHConv1d)
+            and unchanged(self.norm, NemotronHRMSNormGated)
+        ):
             y_BI = ops.mamba_step(
                 projected[:, 0],
                 window_BCW,
@@ -577,7 +588,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
             attention_mask = prepared["attention"]
         elif "attention" not in self.config.layers_block_type:
             attention_mask = None
-        elif seq_idx_BL is None and self._is_plainly_causal(x_BLD, attention_mask, cache, kwargs):
+        elif seq_idx_BL is None and self._is_plainly_causal(x_BLD, attention_mask, cache):
             attention_mask, plainly_causal = None, True
         elif seq_idx_BL is not None:
             varlen = varlen_kwargs(self.config, seq_idx_BL)
@@ -605,7 +616,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
             **{CACHE_NAME: cache if use_cache else None},
         )
 
-    def _is_plainly_causal(self, x_BLD: Tensor, attention_mask: Any, cache: Cache | None, kwargs: Any) -> bool:
+    def _is_plainly_causal(self, x_BLD: Tensor, attention_mask: Any, cache: Cache | None) -> bool:
         """Whether "sdpa" may run without the library's mask: inference over rows without padding, keys that end with
         the queries. Whether a mask is all ones is asked of an accelerator before a multi-token step only."""
         return (

@@ -1,7 +1,8 @@
 """Long prompts in bounded memory: inference over a long row goes through the model a piece of the row at a time.
 
 Any split of a row is the same function (the cache carries the state from piece to piece), so what a piece leaves
-behind is the cache and the hidden states that somebody asked for; nothing else grows with the length.
+behind is the cache and the hidden states that somebody asked for. Nothing else of the model's grows with the length;
+for padded rows transformers' attention does, which makes a mask and repeats the keys for each piece.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def piece_length(config: NemotronHConfig, batch: int, device: torch.device, dtyp
         "attention": 4 * config.num_attention_heads * config.head_dim,
         # before and after the squared ReLU, and between
         "mlp": 3 * widest_mlp,
-        "moe": 3 * max(config.moe_shared_expert_intermediate_size or 0, 0) + 2 * moe,
+        "moe": 3 * (config.moe_shared_expert_intermediate_size or 0) + 2 * moe,
     }
     widest = max(width[kind] for kind in set(config.layers_block_type))
     budget = _BUDGET.get(device.type, _BUDGET_ELSEWHERE)

@@ -128,3 +128,15 @@ def test_bfloat16_is_as_near_as_without(family, calls, monkeypatch):
         divergences.append((expected[:, 12:].exp() * (expected[:, 12:] - ours)).sum(-1).mean().item())
     print(f"{family}: KL from float64 {divergences[0]:.2e} with native.c, {divergences[1]:.2e} without")
     assert set(calls) == USED[family] and divergences[0] <= 2 * divergences[1]
+
+
+@pytest.mark.parametrize("name", ["conv1d", "norm"])
+@torch.no_grad()
+def test_a_hook_is_called_while_decoding(family, name):
+    """What watches or changes a module of the mixer does so for one token as well as for many."""
+    model, ids, seen = model_of(family), tokens(1, 6), []
+    cache = NemotronHCache(model.config)
+    model(ids[:, :5], cache=cache)
+    getattr(model.model.layers[0].mixer, name).register_forward_hook(lambda *_: seen.append(1))
+    model(ids[:, 5:], cache=cache)
+    assert seen == [1]

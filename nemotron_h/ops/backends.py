@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from .documents import document_index
+from .native import ENVIRONMENT_VARIABLE, switched_off
 
 logger = logging.getLogger("nemotron_h")
 _said: set[str] = set()
 
 KERNEL_DEVICES = ("cuda",)
-ENVIRONMENT_VARIABLE = "NEMOTRON_H_KERNELS"
 INSTALL = "pip install --no-build-isolation 'nemotron-h[kernels]'"
 
 # mamba-ssm wants a power of two; 256 is what the published configs train with on a GPU.
@@ -87,7 +87,7 @@ def which(
     kernel = _KERNELS[op]
     if device.type not in KERNEL_DEVICES:
         return Choice("torch", None, f"{kernel.package} has no kernel for {device.type}")
-    if os.environ.get(ENVIRONMENT_VARIABLE, "auto").lower() in ("0", "off", "false", "no"):
+    if switched_off():
         return Choice("torch", None, f"{ENVIRONMENT_VARIABLE}={os.environ[ENVIRONMENT_VARIABLE]}")
     if dtype not in kernel.dtypes:
         return Choice("torch", None, f"{kernel.package}'s kernel is not exact in {str(dtype).removeprefix('torch.')}")

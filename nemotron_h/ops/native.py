@@ -50,7 +50,8 @@ _ENVIRONMENT_KEY: Any = (
 )
 
 
-def _switched_off() -> bool:
+def switched_off() -> bool:
+    """Whether the environment keeps every op to torch."""
     return os.environ.get(ENVIRONMENT_VARIABLE, "auto").lower() in ("0", "off", "false", "no")
 
 
@@ -70,7 +71,7 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
     global _loaded
     # Looked up at every call, so that it may change; in the dictionary behind os.environ, whose own look-up, which
     # encodes the name and decodes the value, costs more than choosing a linear layer's path.
-    if _ENVIRONMENT.get(_ENVIRONMENT_KEY) is not None and _switched_off():
+    if _ENVIRONMENT.get(_ENVIRONMENT_KEY) is not None and switched_off():
         return None, f"{ENVIRONMENT_VARIABLE}={os.environ[ENVIRONMENT_VARIABLE]}"
     if _loaded is not None:
         return _loaded
