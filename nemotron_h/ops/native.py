@@ -1,7 +1,8 @@
 """native.c, built where a C compiler is found and left out where none is.
 
 Nothing needs it: every function here has a torch implementation beside its caller, which computes the same. It is
-built once a machine, in 10 to 20 seconds, at the first decoded token, and kept in the user's cache folder.
+built once a machine, in 10 to 20 seconds from the first decoded token on, and kept in the user's cache folder. Nothing
+waits for it: until it is there everything goes on in torch, and a process that ends sooner drops it.
 `NEMOTRON_H_KERNELS=0` keeps to torch; `CC` names another compiler, `XDG_CACHE_HOME` another cache.
 
 It takes plain CPU tensors outside autograd and tracing (`serves`), float32 and bfloat16.
@@ -9,6 +10,7 @@ It takes plain CPU tensors outside autograd and tracing (`serves`), float32 and 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -34,6 +36,7 @@ _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _INT8, _INT4 = 2, 3
 _lock = threading.Lock()
+_FAILURES = (OSError, RuntimeError, subprocess.SubprocessError)  # RuntimeError: no home folder
 
 
 class _Mamba(ctypes.Structure):
@@ -65,6 +68,39 @@ def reason() -> str:
 
 
 _loaded: Any = None  # what `serves` found, for the functions below
+_thread: threading.Thread | None = None
+_building: str | None = None
+
+
+def _ready() -> bool:
+    """Whether the library is there. Where it has to be built first, that begins now, beside whatever is going on."""
+    global _thread
+    if _ENVIRONMENT.get(_ENVIRONMENT_KEY) is not None and switched_off():
+        return False
+    if _loaded is not None:
+        return True
+    if _thread is None:
+        compiler = _compiler()
+        if compiler is None:
+            return library() is not None
+        try:
+            waits = not _path(compiler).exists()
+        except _FAILURES:
+            waits = False
+        if not waits:
+            return library() is not None
+        with _lock:
+            if _thread is None:
+                _thread = threading.Thread(target=_library, name="nemotron_h native.c", daemon=True)
+                _thread.start()
+                atexit.register(_drop)
+    return False
+
+
+def _drop() -> None:
+    """At exit: what a compiler is still writing goes nowhere, and its folder goes."""
+    if _building is not None:
+        shutil.rmtree(_building, ignore_errors=True)
 
 
 def _library() -> tuple[ctypes.CDLL | None, str]:
@@ -84,13 +120,12 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
 
 @functools.cache
 def _built() -> tuple[ctypes.CDLL | None, str]:
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    compiler = _compiler()
     if compiler is None:
         return None, "no C compiler was found (cc, gcc, clang), so decoding on this CPU runs in torch, slower"
     try:
-        path = _cached(compiler)
-        native = ctypes.CDLL(str(path))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
+        native = ctypes.CDLL(str(_cached(compiler)))
+    except _FAILURES as error:
         said = getattr(error, "stderr", None) or b""
         said = said.decode(errors="replace") if isinstance(said, bytes) else said
         # The compiler's own words first; it may have failed without any.
@@ -106,8 +141,12 @@ def _built() -> tuple[ctypes.CDLL | None, str]:
     return native, f"native.c, built with {Path(compiler).name}"
 
 
-def _cached(compiler: str) -> Path:
-    """The built library; its name says what it was built from, by what, on which processor."""
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+
+
+def _path(compiler: str) -> Path:
+    """Where the built library is, or will be; its name says what it is built from, by what, on which processor."""
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, errors="replace", check=True, timeout=60
     ).stdout
@@ -119,19 +158,39 @@ def _cached(compiler: str) -> Path:
         if not os.access(folder, os.W_OK) or folder.stat().st_uid != os.getuid():
             raise PermissionError
     except OSError:
-        folder = Path(tempfile.mkdtemp(prefix="nemotron_h-"))
-    path = folder / name
+        folder = _own_folder(tempfile.gettempdir())
+    return folder / name
+
+
+@functools.cache
+def _own_folder(parent: str) -> Path:
+    """Of this process, gone with it: where the cache folder cannot be written."""
+    folder = tempfile.mkdtemp(prefix="nemotron_h-", dir=parent)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def _cached(compiler: str) -> Path:
+    path = _path(compiler)
     if not path.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as building:
-            compiled, linked = Path(building) / "native.o", Path(building) / name
-            command = [compiler, *_FLAGS, "-c", str(SOURCE), "-o", str(compiled)]
-            subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=120)
-            # Linked without -fopenmp: the OpenMP that torch has loaded serves, so there is one pool of threads, whose
-            # number `torch.set_num_threads` sets.
-            command = [compiler, "-shared", str(compiled), "-o", str(linked), "-lm"]
-            subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=120)
-            os.replace(linked, path)
+        _build(compiler, path)
     return path
+
+
+def _build(compiler: str, path: Path) -> None:
+    global _building
+    with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as building:
+        _building = building
+        compiled, linked = Path(building) / "native.o", Path(building) / path.name
+        # Linked without -fopenmp: the OpenMP that torch has loaded serves, so there is one pool of threads, whose
+        # number `torch.set_num_threads` sets.
+        for command in (
+            [compiler, *_FLAGS, "-c", str(SOURCE), "-o", str(compiled)],
+            [compiler, "-shared", str(compiled), "-o", str(linked), "-lm"],
+        ):
+            subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=120)
+        os.replace(linked, path)
+    _building = None
 
 
 def _processor() -> str:
@@ -160,7 +219,7 @@ def serves(*tensors: Tensor | None) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._len_torch_dispatch_stack() == 0
         and torch.autograd.forward_ad._current_level < 0
-        and library() is not None  # last, and before `_loaded` is used
+        and _ready()  # last, and before `_loaded` is used
     )
 
 

@@ -396,6 +396,26 @@ class TestBuilding:
         names.add(native._cached(str(path)).name)
         assert len(names) == 4 and {entry.name for entry in fresh.iterdir()} == names
 
+    def test_nothing_waits_for_the_compiler(self, fresh, monkeypatch, compiler):
+        """The first question begins the build and is answered with torch; once it is built, with the library."""
+        path, _, _ = compiler
+        monkeypatch.setenv("CC", str(path))
+        monkeypatch.setattr(native, "_loaded", None)
+        monkeypatch.setattr(native, "_thread", None)
+        begun, go_on, build = threading.Event(), threading.Event(), native._build
+
+        def slow(*arguments):
+            begun.set()
+            assert go_on.wait(60)
+            build(*arguments)
+
+        monkeypatch.setattr(native, "_build", slow)
+        x = torch.ones(1, 8)
+        assert not native.serves(x) and begun.wait(60) and not native.serves(x)
+        go_on.set()
+        native._thread.join(60)
+        assert native.serves(x) and native.library() is not None
+
     def test_threads_at_once(self, fresh, monkeypatch, compiler):
         path, _, asked = compiler
         monkeypatch.setenv("CC", str(path))
@@ -440,7 +460,7 @@ class TestBuilding:
         from nemotron_h.ops import native
         print("ready", flush=True)
         sys.stdin.readline()
-        assert native.serves(), native.reason()
+        assert native.library() and native.serves(), native.reason()
         y = native.linear(torch.full((1, 64), 2.0), torch.full((3, 64), 0.5))
         print(y.tolist(), native.library()._name)
         """
