@@ -8,6 +8,7 @@ adapters and tools interchange; the table below is applied on loading and, rever
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
+
+from ..configuration import NemotronHConfig
+from .tensors import SafetensorsFolder, Shape, Spec
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +44,7 @@ def register() -> None:
     register_checkpoint_conversion_mapping("nemotron_h", conversion_mapping(), overwrite=True)
 
 
-_EXPERT = re.compile(r"(.*mixer\.experts)\.(\d+)\.(up_proj|down_proj)\.weight")
+_EXPERT = re.compile(r"(.*mixer\.experts)\.(\d+)\.(up_proj|down_proj)\.weight(_scale)?")
 
 
 def in_memory(state_dict: Mapping[str, Any], model: torch.nn.Module) -> Mapping[str, Any]:
@@ -53,12 +57,124 @@ def in_memory(state_dict: Mapping[str, Any], model: torch.nn.Module) -> Mapping[
     for name, tensor in state_dict.items():
         name = prefix + name.removeprefix("backbone.") if name.startswith("backbone.") else name
         if match := _EXPERT.fullmatch(name):
-            experts.setdefault(f"{match[1]}.{match[3]}", {})[int(match[2])] = tensor
+            experts.setdefault(f"{match[1]}.{match[3]}{match[4] or ''}", {})[int(match[2])] = tensor
         else:
             renamed[name] = tensor
     for name, tensors in experts.items():
         renamed[name] = torch.stack([tensors[expert] for expert in sorted(tensors)])
     return renamed
+
+
+def tensors(config: NemotronHConfig) -> dict[str, Shape]:
+    """Every tensor of a published checkpoint with this config, `mtp.*` included, in the order of the layers.
+
+    A head that is tied to the embeddings is not stored.
+    """
+    h, vocab = config.hidden_size, config.vocab_size
+    shapes: dict[str, Shape] = {"backbone.embeddings.weight": (vocab, h)}
+    for index, kind in enumerate(config.layers_block_type):
+        shapes |= _layer(
+            config, f"backbone.layers.{index}.", kind, config.mlp_intermediate_size(index) if kind == "mlp" else 0
+        )
+    shapes["backbone.norm_f.weight"] = (h,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (vocab, h)
+    if config.has_mtp:
+        depth = config.mtp_layers_block_type
+        for index, kind in enumerate(depth * config.num_nextn_predict_layers):
+            prefix = f"mtp.layers.{index}."
+            if index % len(depth) == 0:
+                shapes |= {prefix + "enorm.weight": (h,), prefix + "hnorm.weight": (h,)}
+                shapes[prefix + "eh_proj.weight"] = (h, 2 * h)
+            shapes |= _layer(config, prefix, kind, _width(config) if kind == "mlp" else 0)
+            if index % len(depth) == len(depth) - 1:
+                shapes[prefix + "final_layernorm.weight"] = (h,)
+    return shapes
+
+
+def _width(config: NemotronHConfig) -> int:
+    """Of an MLP in an MTP depth; the config refuses a list of sizes there."""
+    assert isinstance(config.intermediate_size, int)
+    return config.intermediate_size
+
+
+def _layer(config: NemotronHConfig, prefix: str, kind: str, inner: int) -> dict[str, Shape]:
+    h, mixer = config.hidden_size, prefix + "mixer."
+    shapes: dict[str, Shape] = {prefix + "norm.weight": (h,)}
+
+    def linear(name: str, outputs: int, inputs: int, bias: bool = False) -> None:
+        shapes[f"{mixer}{name}.weight"] = (outputs, inputs)
+        if bias:
+            shapes[f"{mixer}{name}.bias"] = (outputs,)
+
+    if kind == "mamba":
+        linear("in_proj", config.in_proj_size, h, config.mamba_proj_bias)
+        shapes[mixer + "conv1d.weight"] = (config.conv_dim, 1, config.conv_kernel)
+        if config.use_conv_bias:
+            shapes[mixer + "conv1d.bias"] = (config.conv_dim,)
+        shapes |= {mixer + name: (config.mamba_num_heads,) for name in ("dt_bias", "A_log", "D")}
+        shapes[mixer + "norm.weight"] = (config.d_inner,)
+        linear("out_proj", h, config.d_inner, config.mamba_proj_bias)
+    elif kind == "attention":
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        for name, outputs, inputs in (("q", queries, h), ("k", keys, h), ("v", keys, h), ("o", h, queries)):
+            linear(f"{name}_proj", outputs, inputs, config.attention_bias)
+    elif kind == "mlp":
+        linear("up_proj", inner, h, config.mlp_bias)
+        linear("down_proj", h, inner, config.mlp_bias)
+    else:
+        width, inner = config.moe_latent_size or h, config.moe_intermediate_size
+        shapes[mixer + "gate.weight"] = (config.n_routed_experts, h)
+        shapes[mixer + "gate.e_score_correction_bias"] = (config.n_routed_experts,)
+        for expert in range(config.n_routed_experts):
+            linear(f"experts.{expert}.up_proj", inner, width)
+            linear(f"experts.{expert}.down_proj", width, inner)
+        shared = config.moe_shared_expert_intermediate_size
+        linear("shared_experts.up_proj", shared, h, config.mlp_bias)
+        linear("shared_experts.down_proj", h, shared, config.mlp_bias)
+        if config.moe_latent_size:
+            linear("fc1_latent_proj", width, h, config.mlp_bias)
+            linear("fc2_latent_proj", h, width, config.mlp_bias)
+    return shapes
+
+
+_STACKED = re.compile(r"(.*mixer\.experts)\.(up_proj|down_proj)")
+
+
+class PublishedFolder:
+    """A Hugging Face folder of this family, its tensors in published names whatever names its files have.
+
+    `model.*` is read as `backbone.*`, and experts that are stacked in 3-D parameters one at a time.
+
+    Raises:
+        ValueError: no config, another model type, or files that cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not (self.path / "config.json").exists():
+            raise ValueError(f"{self.path} has no config.json; name the folder of a model.")
+        fields = json.loads((self.path / "config.json").read_text())
+        if (kind := fields.get("model_type")) != "nemotron_h":
+            raise ValueError(f"{self.path} is a {kind!r} model; this package knows nemotron_h alone.")
+        self.config: NemotronHConfig = NemotronHConfig.from_dict(fields)
+        self._folder = SafetensorsFolder(self.path)
+        self.files = [self.path / "config.json", *self._folder.files]
+        self._where: dict[str, tuple[str, int | None]] = {}
+        self.specs: dict[str, Spec] = {}
+        for name, spec in self._folder.specs.items():
+            published = "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
+            if match := _STACKED.fullmatch(published):
+                for expert in range(spec.shape[0]):
+                    part = f"{match[1]}.{expert}.{match[2]}.weight"
+                    self._where[part], self.specs[part] = (name, expert), Spec(spec.shape[1:], spec.dtype)
+            else:
+                self._where[published], self.specs[published] = (name, None), spec
+        if self.config.tie_word_embeddings and "backbone.embeddings.weight" in self.specs:
+            self.specs.pop("lm_head.weight", None)  # a copy that some tools write
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._folder.read(*self._where[name])
 
 
 def unreadable_file(folder: str | Path) -> tuple[str, str] | None:

@@ -26,18 +26,6 @@ NAME = "quantize"
 HELP = "Write a model in 8 or 4 bits to a folder, which loads like any other, and say how near it comes."
 EXAMPLE = "Example: nemotron-h quantize nvidia/NVIDIA-Nemotron-Nano-9B-v2 nano-9b-int4 --to int4"
 
-# What else of a model's folder belongs to the model: its tokenizer, its way of generating, its licence.
-COPIED = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-)
 CHECKED_TOKENS = 384
 
 
@@ -123,12 +111,13 @@ def _whole_or_nothing(dest: Path) -> Iterator[Path]:
 
 
 def _files(path: str, local: bool) -> list[Path]:
+    from ..checkpoints.writing import COMPANIONS, companions
+
     if not local:
         from huggingface_hub import snapshot_download
 
-        path = snapshot_download(path, allow_patterns=list(COPIED))
-    files = {file for pattern in COPIED for file in Path(path).glob(pattern) if file.is_file()}
-    return sorted(files)
+        path = snapshot_download(path, allow_patterns=list(COMPANIONS))
+    return companions(Path(path))
 
 
 def _logits(model: Any, vocab_size: int) -> Tensor:

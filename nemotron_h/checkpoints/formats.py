@@ -1,0 +1,73 @@
+"""The formats that `nemotron-h convert` knows, and how a folder or file is told to be one of them.
+
+Each format is a module with
+
+- `recognises(path)`: whether a folder or file is in this format; opens no more than it must;
+- `to_huggingface(path, **options)`: the `Conversion` that writes the published folder;
+- `from_huggingface(path, **options)`: the `Conversion` that writes this format from such a folder.
+
+Options are keyword arguments; a module names those it takes in `OPTIONS` with one line of help each.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+from .writing import Conversion
+
+# In the order in which a source is tried.
+MODULES = {
+    "megatron": "megatron",
+    "megatron-legacy": "megatron_legacy",
+    "mamba-ssm": "mamba_ssm",
+    "gguf": "gguf",
+    "fp8": "modelopt",
+    "nvfp4": "modelopt",
+}
+HUGGINGFACE = "huggingface"
+NAMES = (HUGGINGFACE, *MODULES)
+
+
+def module(name: str) -> Any:
+    return importlib.import_module(f".{MODULES[name]}", __package__)
+
+
+def detect(path: str | Path) -> str:
+    """The format of a folder or file. Raises `ValueError` where it is none of them."""
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"There is no {path}; name a folder or file.")
+    for name in MODULES:
+        if module(name).recognises(path):
+            return name
+    if (path / "config.json").exists():
+        return HUGGINGFACE
+    raise ValueError(f"{path} is in none of the formats {', '.join(NAMES)}; name the folder that has the weights.")
+
+
+def conversion(path: str | Path, to: str, **options: Any) -> Conversion:
+    """What writes `path` in the format `to`. One side is always Hugging Face's.
+
+    Raises:
+        ValueError: an unknown format, two foreign ones, an option that the format does not take, a wrong source.
+    """
+    if to not in NAMES:
+        raise ValueError(f"There is no format {to!r}; write one of {', '.join(NAMES)}.")
+    source = detect(path)
+    if (source == HUGGINGFACE) == (to == HUGGINGFACE):
+        if source == to:
+            raise ValueError(f"{path} is a Hugging Face folder already; name another format with --to.")
+        raise ValueError(f"{path} is in the format {source}: convert it to {HUGGINGFACE} first, and that to {to}.")
+    direction = module(source).to_huggingface if to == HUGGINGFACE else module(to).from_huggingface
+    taken = inspect.signature(direction).parameters
+    if refused := [name for name, value in options.items() if name not in taken and value is not None]:
+        option = "--" + refused[0].replace("_", "-")
+        raise ValueError(f"{source} -> {to} takes no {option}; leave it out.")
+    if to in ("fp8", "nvfp4"):
+        options["to"] = to
+    return direction(
+        Path(path), **{name: value for name, value in options.items() if name in taken and value is not None}
+    )

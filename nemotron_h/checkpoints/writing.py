@@ -1,0 +1,198 @@
+"""Checkpoints written so that nothing is lost: beside the destination, tensor by tensor, and renamed when whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .tensors import DTYPES, Entry, Plan, Tensors
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs into one destination are not told apart there
+    fcntl = None  # type: ignore[assignment]
+
+SHARD_BYTES = 5_000_000_000
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""What else of a model's folder belongs to the model: its tokenizer, its way of generating, its licence."""
+
+Done = Callable[[int], None]
+"""Called with a number of bytes that have been written since the last call."""
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MARK = ".conversion"
+
+
+@dataclass
+class Conversion:
+    """A checkpoint that can be written: the table it is made by, and who writes it.
+
+    `write(folder, done)` writes everything into an empty (or, going on, a partly written) folder; what lies there under
+    its final name is whole. `file` names the one file of that folder that is the result, where the result is no folder.
+    """
+
+    to: str
+    plan: Plan
+    write: Callable[[Path, Done], None]
+    options: Sequence[object] = ()
+    file: str | None = None
+    remarks: list[str] = field(default_factory=list)
+    """One sentence each, for whoever asked for the conversion."""
+
+
+def check_free(dest: Path) -> None:
+    """Raises `ValueError` where something would be written over."""
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+        raise ValueError(f"{dest} is there already; name another destination, or remove it.")
+
+
+def convert(conversion: Conversion, dest: str | Path, done: Done = lambda nbytes: None) -> None:
+    """Check the table and write the result to `dest`, which is absent until it is whole.
+
+    An interrupted run leaves `.<name of dest>.partial` beside it; the same conversion goes on from there.
+
+    Raises:
+        ValueError: `dest` is there, or the source is not what its config says (see `Plan.check`).
+        OSError: it cannot be written; what was written so far stays for the next run.
+    """
+    dest = Path(dest)
+    check_free(dest)
+    conversion.plan.check()
+    with _staged(
+        dest, conversion.plan.fingerprint(conversion.to, *map(str, conversion.options)), conversion.file
+    ) as folder:
+        conversion.write(folder, done)
+
+
+@contextmanager
+def _staged(dest: Path, fingerprint: str, file: str | None) -> Iterator[Path]:
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    partial = dest.with_name(f".{dest.name}.partial")
+    partial.mkdir(exist_ok=True)
+    with open(partial / _MARK, "a+") as mark:
+        try:
+            if fcntl is not None:
+                fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"Another process is writing {dest}; wait for it, or name another destination.") from None
+        mark.seek(0)
+        if mark.read() != fingerprint:
+            for entry in partial.iterdir():
+                if entry.name != _MARK:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            mark.truncate(0)
+            mark.write(fingerprint)
+            mark.flush()
+        try:
+            yield partial
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                remedy = f"make room and run it again: it goes on from {partial}"
+                raise OSError(f"The disk of {dest} is full; {remedy}.") from error
+            raise
+        if file is None:
+            if dest.exists():
+                dest.rmdir()  # empty, or somebody's by now
+            (partial / _MARK).unlink()
+            partial.rename(dest)
+        else:
+            os.replace(partial / file, dest)
+            shutil.rmtree(partial)
+
+
+def companions(source: Path) -> list[Path]:
+    """The files of `COMPANIONS` that a folder has."""
+    return sorted({file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()})
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    for file in companions(source):
+        shutil.copy2(file, folder / file.name)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary name in the folder of `path`; what is written there becomes `path` at the end, or is removed."""
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_safetensors(plan: Plan, folder: Path, done: Done, shard_bytes: int = SHARD_BYTES) -> None:
+    """The plan's tensors as `model.safetensors`, or as numbered shards with their index, one tensor in memory."""
+    shards = _shards(plan.entries, shard_bytes)
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    for name, entries in zip(names, shards, strict=True):
+        if (folder / name).exists():
+            done(sum(entry.spec.nbytes for entry in entries))
+            continue
+        with whole(folder / name) as temporary:
+            _write_shard(plan.source, entries, temporary, done)
+    if len(shards) > 1:
+        weight_map = {entry.name: name for name, entries in zip(names, shards, strict=True) for entry in entries}
+        index = {"metadata": {"total_size": plan.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+        with whole(folder / "model.safetensors.index.json") as temporary:
+            temporary.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shards(entries: Sequence[Entry], shard_bytes: int) -> list[list[Entry]]:
+    shards: list[list[Entry]] = [[]]
+    room = shard_bytes
+    for entry in entries:
+        if shards[-1] and entry.spec.nbytes > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(entry)
+        room -= entry.spec.nbytes
+    return shards
+
+
+def _write_shard(source: Tensors, entries: Sequence[Entry], path: Path, done: Done) -> None:
+    # safetensors' own save_file wants the whole shard in memory. Wide dtypes go first, as there, so that all align.
+    entries = sorted(entries, key=lambda entry: -entry.spec.dtype.itemsize)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        end = offset + entry.spec.nbytes
+        dtype = _DTYPE_NAMES[entry.spec.dtype]
+        header[entry.name] = {"dtype": dtype, "shape": list(entry.spec.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for entry in entries:
+            file.write(tensor_bytes(entry.read(source)))
+            done(entry.spec.nbytes)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
