@@ -6,7 +6,8 @@ Each format is a module with
 - `to_huggingface(path, **options)`: the `Conversion` that writes the published folder;
 - `from_huggingface(path, **options)`: the `Conversion` that writes this format from such a folder.
 
-Options are keyword arguments; a module names those it takes in `OPTIONS` with one line of help each.
+Options are keyword arguments; a module names those it takes in `OPTIONS` with one line of help each. Modules import
+what is heavy or optional where they use it: a folder is told apart from its file names and the first bytes of a file.
 """
 
 from __future__ import annotations
@@ -29,10 +30,18 @@ MODULES = {
 }
 HUGGINGFACE = "huggingface"
 NAMES = (HUGGINGFACE, *MODULES)
+_SPELLED = {"shard_bytes": "--shard-size"}  # where an option is called otherwise on the command line
 
 
 def module(name: str) -> Any:
-    return importlib.import_module(f".{MODULES[name]}", __package__)
+    return importlib.import_module(f".{MODULES.get(name, name)}", __package__)
+
+
+def _recognises(name: str, path: Path) -> bool:
+    try:
+        return bool(module(name).recognises(path))
+    except ImportError:  # an optional package of that format: the other formats do without it
+        return False
 
 
 def detect(path: str | Path) -> str:
@@ -41,7 +50,7 @@ def detect(path: str | Path) -> str:
     if not path.exists():
         raise ValueError(f"There is no {path}; name a folder or file.")
     for name in MODULES:
-        if module(name).recognises(path):
+        if _recognises(name, path):
             return name
     if (path / "config.json").exists():
         return HUGGINGFACE
@@ -49,7 +58,7 @@ def detect(path: str | Path) -> str:
 
 
 def conversion(path: str | Path, to: str, **options: Any) -> Conversion:
-    """What writes `path` in the format `to`. One side is always Hugging Face's.
+    """What writes `path` in the format `to`. One side is always Hugging Face's; both may be (see `huggingface`).
 
     Raises:
         ValueError: an unknown format, two foreign ones, an option that the format does not take, a wrong source.
@@ -57,14 +66,12 @@ def conversion(path: str | Path, to: str, **options: Any) -> Conversion:
     if to not in NAMES:
         raise ValueError(f"There is no format {to!r}; write one of {', '.join(NAMES)}.")
     source = detect(path)
-    if (source == HUGGINGFACE) == (to == HUGGINGFACE):
-        if source == to:
-            raise ValueError(f"{path} is a Hugging Face folder already; name another format with --to.")
+    if HUGGINGFACE not in (source, to):
         raise ValueError(f"{path} is in the format {source}: convert it to {HUGGINGFACE} first, and that to {to}.")
-    direction = module(source).to_huggingface if to == HUGGINGFACE else module(to).from_huggingface
+    direction = module(to).from_huggingface if source == HUGGINGFACE else module(source).to_huggingface
     taken = inspect.signature(direction).parameters
     if refused := [name for name, value in options.items() if name not in taken and value is not None]:
-        option = "--" + refused[0].replace("_", "-")
+        option = _SPELLED.get(refused[0], "--" + refused[0].replace("_", "-"))
         raise ValueError(f"{source} -> {to} takes no {option}; leave it out.")
     if to in ("fp8", "nvfp4"):
         options["to"] = to

@@ -139,15 +139,17 @@ def _layer(config: NemotronHConfig, prefix: str, kind: str, inner: int) -> dict[
 
 
 _STACKED = re.compile(r"(.*mixer\.experts)\.(up_proj|down_proj)")
+_RENAMED = {"backbone.embedding.weight": "backbone.embeddings.weight"}
 
 
 class PublishedFolder:
     """A Hugging Face folder of this family, its tensors in published names whatever names its files have.
 
-    `model.*` is read as `backbone.*`, and experts that are stacked in 3-D parameters one at a time.
+    `model.*` is read as `backbone.*`, `embedding.weight` (which transformers before 5.16 wrote) as `embeddings.weight`,
+    and experts that are stacked in 3-D parameters one at a time.
 
     Raises:
-        ValueError: no config, another model type, or files that cannot be read.
+        ValueError: no config, another model type, files that cannot be read, a tensor under two names.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -164,17 +166,27 @@ class PublishedFolder:
         self.specs: dict[str, Spec] = {}
         for name, spec in self._folder.specs.items():
             published = "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
-            if match := _STACKED.fullmatch(published):
-                for expert in range(spec.shape[0]):
-                    part = f"{match[1]}.{expert}.{match[2]}.weight"
-                    self._where[part], self.specs[part] = (name, expert), Spec(spec.shape[1:], spec.dtype)
-            else:
-                self._where[published], self.specs[published] = (name, None), spec
+            published = _RENAMED.get(published, published)
+            parts: dict[str, tuple[Spec, int | None]] = {published: (spec, None)}
+            match = _STACKED.fullmatch(published)
+            if match and len(spec.shape) == 3:
+                part = Spec(spec.shape[1:], spec.dtype)
+                parts = {f"{match[1]}.{expert}.{match[2]}.weight": (part, expert) for expert in range(spec.shape[0])}
+            for part_name, (part_spec, expert) in parts.items():
+                if part_name in self.specs:
+                    other = self._where[part_name][0]
+                    raise ValueError(f"{self.path} has {part_name} twice, as {other} and as {name}: take one out.")
+                self._where[part_name], self.specs[part_name] = (name, expert), part_spec
         if self.config.tie_word_embeddings and "backbone.embeddings.weight" in self.specs:
             self.specs.pop("lm_head.weight", None)  # a copy that some tools write
 
     def read(self, name: str) -> torch.Tensor:
         return self._folder.read(*self._where[name])
+
+    def stored_name(self, name: str) -> str:
+        """What the folder's files call a tensor; `name[3]` is an expert's part of a stacked one."""
+        stored, index = self._where.get(name, (name, None))
+        return stored if index is None else f"{stored}[{index}]"
 
 
 def unreadable_file(folder: str | Path) -> tuple[str, str] | None:

@@ -204,9 +204,10 @@ class Plan:
 
     def lines(self) -> Iterator[str]:
         """For people: each tensor of the result with its shape, dtype and sources; then what is missing or left."""
+        stored = getattr(self.source, "stored_name", str)
         for entry in self.entries:
             dtype = str(entry.spec.dtype).removeprefix("torch.")
-            yield f"{entry.name} {list(entry.spec.shape)} {dtype} <- {', '.join(entry.sources)}"
+            yield f"{entry.name} {list(entry.spec.shape)} {dtype} <- {', '.join(map(stored, entry.sources))}"
         for name in self.missing():
             yield f"missing: {name}"
         for name in self.left_over():

@@ -1,0 +1,77 @@
+"""Hugging Face folders of this family, rewritten: other names, another dtype, other shards, a config that all can read.
+
+| read | written |
+|---|---|
+| `backbone.*`, or `model.*` as in memory; `backbone.embedding.weight`, as some merges write it | `backbone.*` |
+| routed experts one by one, or stacked in 3-D parameters | one by one |
+| any dialect of `config.json` | the one that `NemotronHConfig.to_dict` describes |
+
+Values are kept bit for bit unless another dtype is asked for. `A_log`, `D`, `dt_bias`, the router's weight and its
+correction bias are then written in float32, as the model keeps them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from . import published
+from .tensors import Entry, Plan, Spec
+from .writing import SHARD_BYTES, Conversion, Done, copy_companions, write_safetensors
+
+OPTIONS = {
+    "dtype": "bfloat16, float16, float32 or float64; without it, every tensor keeps its own",
+    "shard_bytes": "the largest size of a file, in bytes",
+}
+TARGETS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+_FLOAT32 = (".A_log", ".D", ".dt_bias", ".gate.weight", ".gate.e_score_correction_bias")
+
+
+def recognises(path: Path) -> bool:
+    return (path / "config.json").exists()
+
+
+def target_dtype(name: str, stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """What a published tensor is written in where its folder is asked for in the dtype `wanted` (None: as stored)."""
+    if wanted is None or not stored.is_floating_point:
+        return stored
+    return torch.promote_types(wanted, torch.float32) if name.endswith(_FLOAT32) else wanted
+
+
+def from_huggingface(path: str | Path, dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> Conversion:
+    """The folder at `path`, in published names; memory holds its largest tensor.
+
+    Raises:
+        ValueError: no such folder, another model type, an unknown dtype, quantised weights.
+    """
+    if dtype is not None and dtype not in TARGETS:
+        raise ValueError(f"There is no dtype {dtype!r} for a folder; write one of {', '.join(TARGETS)}.")
+    wanted = None if dtype is None else TARGETS[dtype]
+    source = published.PublishedFolder(path)
+    config = source.config
+    if stored := getattr(config, "quantization_config", None):
+        method = stored.get("quant_method") if isinstance(stored, dict) else stored
+        raise ValueError(f"{path} is quantised ({method}); name the checkpoint that it was made from.")
+    remarks = []
+    if config.has_mtp and not any(name.startswith("mtp.") for name in source.specs):
+        config.num_nextn_predict_layers = 0
+        remarks.append(f"{path} has no mtp.* tensors, which its config announces: the result does without them.")
+    entries = [
+        Entry(name, Spec(shape, target_dtype(name, source.specs[name].dtype, wanted)), {name: shape})
+        if name in source.specs
+        else Entry(name, Spec(shape, wanted or torch.bfloat16), {name: shape})  # missing: Plan.check says so
+        for name, shape in published.tensors(config).items()
+    ]
+    if wanted is not None:
+        config.dtype = wanted
+    if not config.architectures:
+        config.architectures = ["NemotronHForCausalLM"]
+    plan = Plan(source, entries)
+
+    def write(folder: Path, done: Done) -> None:
+        copy_companions(source.path, folder)
+        config.save_pretrained(folder)
+        write_safetensors(plan, folder, done, shard_bytes)
+
+    return Conversion("huggingface", plan, write, (dtype, shard_bytes), remarks=remarks)
