@@ -212,6 +212,26 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = self._views
         return self._views
 
+    def next_column(self) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+        """Buffers (B, K, room, Q) of keys and values and the position where one more token may be written into them, to
+        be followed by `wrote_column()`; None where they have to grow or are somebody's."""
+        room = self._room
+        if room is None or self._views is None or self.keys is not self._views[0] or self.values is not self._views[1]:
+            return None
+        position = self.keys.shape[-2]
+        if room.filled != position or position >= room.keys.shape[-2]:
+            return None
+        if room.keys.is_inference() and not torch.is_inference_mode_enabled():
+            return None
+        return room.keys, room.values, position
+
+    def wrote_column(self) -> None:
+        assert self._room is not None
+        self._room.filled += 1
+        after = self._room.filled
+        self._views = self._room.keys[..., :after, :], self._room.values[..., :after, :]
+        self.keys, self.values = self._views
+
     def offload(self) -> None:
         self._room = self._views = None
         super().offload()

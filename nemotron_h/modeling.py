@@ -50,6 +50,7 @@ from .compat import (
     rename_cache_kwarg,
 )
 from .configuration import NemotronHConfig
+from .decoding import steps
 from .layers import (
     Float32Parameters,
     NemotronHConv1d,
@@ -601,7 +602,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
         else:
             attention_mask = causal_mask(self.config, x_BLD, attention_mask, cache)
 
-        for layer in self.layers:
+        for layer in steps(self.layers, x_BLD, cache, mask_BL, plainly_causal):
             x_BLD = layer(
                 x_BLD,
                 attention_mask=attention_mask,

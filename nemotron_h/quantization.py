@@ -30,6 +30,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import ops
 from .configuration import NemotronHConfig
+from .decoding import LINEAR_CLASSES
 from .modeling import NemotronHExperts, NemotronHForCausalLM
 from .ops.quantized import packed_dtypes, packed_shapes
 
@@ -157,6 +158,9 @@ class QuantizedLinear(_PackedWeights, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}"
+
+
+LINEAR_CLASSES.append(QuantizedLinear)
 
 
 class QuantizedExperts(_PackedWeights):

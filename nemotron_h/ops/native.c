@@ -5,6 +5,7 @@
  * rms_norm    the norm before every mixer
  * mamba_step  a Mamba-2 mixer between its two projections, for one token, states updated in place
  * attend      grouped-query attention of one query position over keys and values, both read once
+ * blocks      several layers one after the other, for one token: where a model is small, each call from outside counts
  *
  * Everything accumulates in float32. Vectors are 8 floats wide (GCC and Clang vector extensions; any instruction set).
  */
@@ -404,47 +405,111 @@ INLINE void unpack(const void *from, int type, int64_t Q, float *to) {
     }
 }
 
+/* e^x for x <= 0 (or NaN), to 2 units in the last place; below -87 as for -87, 1.6e-38. */
+INLINE v8f exp_below_zero(v8f x) {
+    const v8i low = (v8i)(x < splat(-87));
+    x = (v8f)(((v8i)splat(-87) & low) | ((v8i)x & ~low));
+    const v8f shifted = x * splat(1.44269504f) + splat(12582912); /* 1.5 * 2^23: the integer is in the low bits */
+    const v8f n = shifted - splat(12582912), r = (x - n * splat(0.693359375f)) + n * splat(2.12194440e-4f);
+    v8f e = splat(1.9875691500e-4f);
+    e = e * r + splat(1.3981999507e-3f);
+    e = e * r + splat(8.3334519073e-3f);
+    e = e * r + splat(4.1665795894e-2f);
+    e = e * r + splat(1.6666665459e-1f);
+    e = e * r + splat(5.0000001201e-1f);
+    e = e * r * r + r + splat(1);
+    return e * (v8f)(((v8i)shifted - 0x4b400000 + 127) << 23);
+}
+
+/* Keys and values that are worked on at a time: as float32 they stay in the first cache. */
+#define SPAN 16
+
+/* score[r][t] = q[r] . k[t] for R queries, a constant where this is inlined. */
+INLINE void score_keys(int R, const float *q, const float *k, int64_t count, int64_t Q, float scale, float (*score)[SPAN]) {
+    for (int64_t t = 0; t < count; t++) {
+        v8f dot[4][2];
+        for (int r = 0; r < R; r++) dot[r][0] = dot[r][1] = splat(0);
+        for (int64_t i = 0; i < Q; i += 16) {
+            const v8f a = *(const v8f *)(k + t * Q + i), b = *(const v8f *)(k + t * Q + i + 8);
+            for (int r = 0; r < R; r++) {
+                dot[r][0] += a * *(const v8f *)(q + r * Q + i);
+                dot[r][1] += b * *(const v8f *)(q + r * Q + i + 8);
+            }
+        }
+        for (int r = 0; r < R; r++) score[r][t] = total(dot[r][0] + dot[r][1]) * scale;
+    }
+}
+
+/* out[r] += sum_t weight[r][t] v[t] */
+INLINE void add_values(int R, const float (*weight)[SPAN], const float *v, int64_t count, int64_t Q, float *out) {
+    for (int64_t i = 0; i < Q; i += 8) {
+        v8f sum[4];
+        for (int r = 0; r < R; r++) sum[r] = *(v8f *)(out + r * Q + i);
+        for (int64_t t = 0; t < count; t++) {
+            const v8f value = *(const v8f *)(v + t * Q + i);
+            for (int r = 0; r < R; r++) sum[r] += splat(weight[r][t]) * value;
+        }
+        for (int r = 0; r < R; r++) *(v8f *)(out + r * Q + i) = sum[r];
+    }
+}
+
+/* Enough pieces that threads finish together, each long enough to be worth joining. */
+INLINE int64_t splits_of(int64_t L) { return L < 256 ? 1 : L > 1024 ? 8 : L / 128; }
+
 /* y (B, A, Q): queries q (B, A, Q) over L keys and values (B, A / R, L, Q), whose rows of Q lie one after the other and
  * whose heads and batch rows lie `head` and `row` numbers apart (keys, then values). Q is a multiple of 16. Every R
  * query heads read a key head once. The keys are cut in `splits`, softmaxed apart and joined, so that threads have work. */
 int nh_attend(int type, const void *q, const void *k, const void *v, void *y, int64_t batch, int64_t key_heads, int64_t R,
-              int64_t L, int64_t Q, int64_t k_row, int64_t k_head, int64_t v_row, int64_t v_head, float scale, int64_t splits) {
+              int64_t L, int64_t Q, int64_t k_row, int64_t k_head, int64_t v_row, int64_t v_head, float scale) {
+    const int64_t splits = splits_of(L);
     const int64_t bytes = type == BF16 ? 2 : 4, per = R * (Q + 2), tasks = batch * key_heads * splits;
-    float *memory = malloc(sizeof(float) * tasks * (per + R * Q + Q + R));
+    const int64_t room = R * Q + SPAN * Q + R * SPAN;
+    float *memory = malloc(sizeof(float) * tasks * (per + room));
     if (!memory) return 1;
 #pragma omp parallel for schedule(dynamic, 1) if (batch * key_heads * R * L * Q > WORTH_THREADS / 2)
     for (int64_t task = 0; task < tasks; task++) {
         const int64_t split = task % splits, kv = task / splits % key_heads, b = task / splits / key_heads;
         const int64_t from = L * split / splits, to = L * (split + 1) / splits;
         float *out = memory + task * per, *top = out + R * Q, *sum = top + R;
-        float *queries = memory + tasks * per + task * (R * Q + Q + R), *row = queries + R * Q, *weight = row + Q;
+        float *queries = memory + tasks * per + task * room, *rows = queries + R * Q;
+        float(*weight)[SPAN] = (float(*)[SPAN])(rows + SPAN * Q);
         for (int64_t r = 0; r < R; r++) {
             unpack((const char *)q + ((b * key_heads + kv) * R + r) * Q * bytes, type, Q, queries + r * Q);
             top[r] = -INFINITY;
             sum[r] = 0;
         }
         memset(out, 0, sizeof(float) * R * Q);
-        for (int64_t l = from; l < to; l++) {
-            unpack((const char *)k + (b * k_row + kv * k_head + l * Q) * bytes, type, Q, row);
-            for (int64_t r = 0; r < R; r++) {
-                v8f dot = splat(0), dot2 = splat(0);
-                for (int64_t i = 0; i < Q; i += 16) {
-                    dot += *(v8f *)(queries + r * Q + i) * *(v8f *)(row + i);
-                    dot2 += *(v8f *)(queries + r * Q + i + 8) * *(v8f *)(row + i + 8);
-                }
-                const float score = total(dot + dot2) * scale;
-                if (score > top[r]) {
-                    const float shrink = expf(top[r] - score);
+        for (int64_t l = from; l < to; l += SPAN) {
+            const int64_t count = to - l < SPAN ? to - l : SPAN;
+            for (int64_t t = 0; t < count; t++)
+                unpack((const char *)k + (b * k_row + kv * k_head + (l + t) * Q) * bytes, type, Q, rows + t * Q);
+            int64_t r = 0;
+            for (; r + 4 <= R; r += 4) score_keys(4, queries + r * Q, rows, count, Q, scale, weight + r);
+            if (R - r == 3) score_keys(3, queries + r * Q, rows, count, Q, scale, weight + r);
+            else if (R - r == 2) score_keys(2, queries + r * Q, rows, count, Q, scale, weight + r);
+            else if (R - r == 1) score_keys(1, queries + r * Q, rows, count, Q, scale, weight + r);
+            for (r = 0; r < R; r++) {
+                float largest = top[r];
+                for (int64_t t = 0; t < count; t++) largest = weight[r][t] > largest ? weight[r][t] : largest;
+                if (largest > top[r]) {
+                    const float shrink = expf(top[r] - largest);
                     for (int64_t i = 0; i < Q; i += 8) *(v8f *)(out + r * Q + i) *= splat(shrink);
                     sum[r] *= shrink;
-                    top[r] = score;
+                    top[r] = largest;
                 }
-                weight[r] = expf(score - top[r]);
-                sum[r] += weight[r];
+                for (int64_t t = count; t < SPAN; t++) weight[r][t] = largest;
+                for (int t = 0; t < SPAN; t += 8) {
+                    v8f *eight = (v8f *)(weight[r] + t);
+                    *eight = exp_below_zero(*eight - splat(largest));
+                }
+                for (int64_t t = 0; t < count; t++) sum[r] += weight[r][t];
             }
-            unpack((const char *)v + (b * v_row + kv * v_head + l * Q) * bytes, type, Q, row);
-            for (int64_t r = 0; r < R; r++)
-                for (int64_t i = 0; i < Q; i += 8) *(v8f *)(out + r * Q + i) += splat(weight[r]) * *(v8f *)(row + i);
+            for (int64_t t = 0; t < count; t++)
+                unpack((const char *)v + (b * v_row + kv * v_head + (l + t) * Q) * bytes, type, Q, rows + t * Q);
+            for (r = 0; r + 4 <= R; r += 4) add_values(4, weight + r, rows, count, Q, out + r * Q);
+            if (R - r == 3) add_values(3, weight + r, rows, count, Q, out + r * Q);
+            else if (R - r == 2) add_values(2, weight + r, rows, count, Q, out + r * Q);
+            else if (R - r == 1) add_values(1, weight + r, rows, count, Q, out + r * Q);
         }
     }
     for (int64_t a = 0; a < batch * key_heads * R; a++) {
@@ -467,4 +532,80 @@ int nh_attend(int type, const void *q, const void *k, const void *v, void *y, in
     }
     free(memory);
     return 0;
+}
+
+/* ---------------------------------------------------------------------------------------------------------- blocks */
+
+enum { MAMBA = 0, ATTENTION = 1, MLP = 2 };
+
+typedef struct {
+    int64_t type, N, K; /* (N, K), no bias */
+    const void *weight, *scale;
+} Weight;
+
+/* One layer, x + mixer(norm(x)), and what it remembers. Fields of other kinds of layers are not read. */
+typedef struct {
+    int64_t kind;
+    const void *norm;
+    Weight first, last;  /* in_proj, q_proj or up_proj; out_proj, o_proj or down_proj */
+    Weight key, value;
+    const void *conv_weight, *conv_bias, *gated_norm;
+    const float *dt_bias, *A_log, *D;
+    void *window;
+    float *state;
+    int64_t key_heads, head_dim, length, k_row, k_head, v_row, v_head; /* length: with this token's, which is written */
+    void *keys, *values;
+    Mamba mamba;
+    float eps, scale;
+} Block;
+
+static int apply(const Weight *w, int type, const void *x, void *y, int64_t batch) {
+    return nh_linear((int)w->type, type, w->weight, w->scale, x, y, batch, w->N, w->K, 0);
+}
+
+/* x (B, D) through `count` layers for one token, in place. Every op rounds to `type` where its own function does.
+ * Returns 0, or 1 where memory ran out: x, keys, values and states are then of no use. */
+int nh_blocks(int type, const Block *blocks, int64_t count, int64_t batch, int64_t D, void *x) {
+    const int64_t bytes = type == BF16 ? 2 : 4;
+    int64_t widest = D, inner = D;
+    for (int64_t i = 0; i < count; i++) {
+        if (blocks[i].first.N > widest) widest = blocks[i].first.N;
+        if (blocks[i].last.K > inner) inner = blocks[i].last.K;
+    }
+    char *memory = malloc(bytes * batch * (2 * D + widest + 3 * inner));
+    if (!memory) return 1;
+    char *normed = memory, *added = normed + bytes * batch * D, *wide = added + bytes * batch * D;
+    char *between = wide + bytes * batch * widest, *key = between + bytes * batch * inner, *value = key + bytes * batch * inner;
+    int failed = 0;
+    for (int64_t i = 0; i < count && !failed; i++) {
+        const Block *l = blocks + i;
+        failed |= nh_rms_norm(type, x, l->norm, normed, batch, D, l->eps);
+        failed |= apply(&l->first, type, normed, wide, batch);
+        const void *inside = between;
+        if (l->kind == MAMBA) {
+            failed |= nh_mamba_step(type, l->mamba, batch, wide, l->window, l->conv_weight, l->conv_bias, l->dt_bias, l->A_log,
+                                    l->D, l->state, l->gated_norm, between);
+        } else if (l->kind == ATTENTION) {
+            const int64_t Q = l->head_dim, KH = l->key_heads, at = l->length - 1;
+            failed |= apply(&l->key, type, normed, key, batch) | apply(&l->value, type, normed, value, batch);
+            for (int64_t b = 0; b < batch; b++)
+                for (int64_t h = 0; h < KH; h++) {
+                    const int64_t from = (b * KH + h) * Q;
+                    memcpy((char *)l->keys + bytes * (b * l->k_row + h * l->k_head + at * Q), key + bytes * from, bytes * Q);
+                    memcpy((char *)l->values + bytes * (b * l->v_row + h * l->v_head + at * Q), value + bytes * from, bytes * Q);
+                }
+            failed |= nh_attend(type, wide, l->keys, l->values, between, batch, KH, l->first.N / Q / KH, l->length, Q, l->k_row,
+                                l->k_head, l->v_row, l->v_head, l->scale);
+        } else {
+            for (int64_t n = 0; n < batch * l->first.N; n++) {
+                const float u = load(wide, type, n);
+                store(wide, type, n, u > 0 ? u * u : u != u ? u : 0); /* relu(u)^2; NaN stays */
+            }
+            inside = wide;
+        }
+        failed |= apply(&l->last, type, inside, added, batch);
+        for (int64_t n = 0; n < batch * D; n++) store(x, type, n, load(x, type, n) + load(added, type, n));
+    }
+    free(memory);
+    return failed;
 }

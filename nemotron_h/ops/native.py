@@ -39,11 +39,34 @@ _lock = threading.Lock()
 _FAILURES = (OSError, RuntimeError, subprocess.SubprocessError)  # RuntimeError: no home folder
 
 
-class _Mamba(ctypes.Structure):
+class Mamba(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("heads", "head_dim", "groups", "state", "width")),
         *((name, ctypes.c_float) for name in ("dt_min", "dt_max", "eps")),
     ]
+
+
+class Weight(ctypes.Structure):
+    """A linear layer's weight; addresses as integers, so that what holds them can be copied."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("type", "N", "K", "weight", "scale")]
+
+
+class Block(ctypes.Structure):
+    """One layer for `blocks`, as `Block` in native.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("kind", "norm")),
+        *((name, Weight) for name in ("first", "last", "key", "value")),
+        *((name, ctypes.c_int64) for name in ("conv_weight", "conv_bias", "gated_norm", "dt_bias", "A_log", "D")),
+        *((name, ctypes.c_int64) for name in ("window", "state", "key_heads", "head_dim", "length")),
+        *((name, ctypes.c_int64) for name in ("k_row", "k_head", "v_row", "v_head", "keys", "values")),
+        ("mamba", Mamba),
+        *((name, ctypes.c_float) for name in ("eps", "scale")),
+    ]
+
+
+MAMBA, ATTENTION, MLP = 0, 1, 2  # Block.kind
 
 
 # The plain dictionary on CPython, whose keys are encoded; elsewhere os.environ itself.
@@ -135,9 +158,10 @@ def _built() -> tuple[ctypes.CDLL | None, str]:
         return None, f"{compiler} cannot build native.c ({words}), so decoding on this CPU runs in torch, slower"
     address, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     native.nh_linear.argtypes = [number, number, *[address] * 4, *[size] * 3, address]
-    native.nh_mamba_step.argtypes = [number, _Mamba, size, *[address] * 10]
+    native.nh_mamba_step.argtypes = [number, Mamba, size, *[address] * 10]
     native.nh_rms_norm.argtypes = [number, *[address] * 3, size, size, ctypes.c_float]
-    native.nh_attend.argtypes = [number, *[address] * 4, *[size] * 9, ctypes.c_float, size]
+    native.nh_attend.argtypes = [number, *[address] * 4, *[size] * 9, ctypes.c_float]
+    native.nh_blocks.argtypes = [number, address, size, size, size, address]
     return native, f"native.c, built with {Path(compiler).name}"
 
 
@@ -289,7 +313,7 @@ def mamba_step(
     native: Any = (_loaded or _library())[0]
     batch, heads, head_dim, state_size = state_BHPN.shape
     y_BI = projected.new_empty(batch, heads * head_dim)
-    sizes = _Mamba(heads, head_dim, groups, state_size, window_BCW.shape[-1], *time_step_limit, eps)
+    sizes = Mamba(heads, head_dim, groups, state_size, window_BCW.shape[-1], *time_step_limit, eps)
     failed = native.nh_mamba_step(
         _TYPES[projected.dtype],
         sizes,
@@ -310,6 +334,20 @@ def mamba_step(
     return y_BI
 
 
+def weight(weight_NK: Tensor, in_features: int, scale: Tensor | None = None) -> Weight:
+    """A weight as `linear` takes it, for `blocks`."""
+    kind = _TYPES.get(weight_NK.dtype, _INT8 if weight_NK.dtype == torch.int8 else _INT4)
+    return Weight(kind, weight_NK.shape[0], in_features, weight_NK.data_ptr(), 0 if scale is None else scale.data_ptr())
+
+
+def blocks(layers: ctypes.Array[Block], count: int, x_BD: Tensor) -> None:
+    """One token through `count` layers; x (B, D) float32 or bfloat16, keys, values, windows and states in place."""
+    native: Any = (_loaded or _library())[0]
+    batch, width = x_BD.shape
+    if native.nh_blocks(_TYPES[x_BD.dtype], ctypes.addressof(layers), count, batch, width, x_BD.data_ptr()):
+        raise MemoryError(f"No memory for {batch} rows of {width} in {count} layers.")
+
+
 def attend(q_BAQ: Tensor, k_BALQ: Tensor, v_BALQ: Tensor, scale: float) -> Tensor:
     """One query position over all keys: (B, A, Q). The rows of keys and values lie one after the other; their heads
     and batch rows may lie apart (a longer buffer)."""
@@ -317,11 +355,9 @@ def attend(q_BAQ: Tensor, k_BALQ: Tensor, v_BALQ: Tensor, scale: float) -> Tenso
     batch, heads, head_dim = q_BAQ.shape
     key_heads, length = k_BALQ.shape[1:3]
     y_BAQ = torch.empty_like(q_BAQ)
-    # Enough pieces that threads finish together, each long enough to be worth joining.
-    splits = max(1, min(8, length // 128))
     strides = [t.stride(dim) for t in (k_BALQ, v_BALQ) for dim in (0, 1)]
     addresses = [t.data_ptr() for t in (q_BAQ, k_BALQ, v_BALQ, y_BAQ)]
     sizes = [batch, key_heads, heads // key_heads, length, head_dim]
-    if native.nh_attend(_TYPES[q_BAQ.dtype], *addresses, *sizes, *strides, scale, splits):
+    if native.nh_attend(_TYPES[q_BAQ.dtype], *addresses, *sizes, *strides, scale):
         raise MemoryError(f"No memory for {heads} heads over {length} keys.")
     return y_BAQ
