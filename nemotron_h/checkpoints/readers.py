@@ -6,7 +6,7 @@
 | vLLM | list, pattern | all | published, `model.*` | |
 | SGLang | list, pattern | old | published, `model.*` | head_dim |
 | TensorRT-LLM | list, pattern | old, without mlp | published, `model.*` | |
-| llama.cpp's converter | pattern, list | old, without mlp | published | num_hidden_layers, MoE keys in MoE models alone |
+| llama.cpp's converter | pattern, list | old, without mlp | published | num_hidden_layers, no MoE keys without MoE |
 | mlx-lm | pattern, list | old | published | 20 keys, numbers in time_step_limit, lm_head.weight |
 | transformers 5.3 to 5.5 | list, pattern | old, without mlp | published, in memory | no MLP layers |
 | transformers 5.6 to 5.12 | list, pattern | old | published, in memory | |
@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,7 @@ class Reader:
     singular_embedding: bool = False
     quantised: frozenset[str] = frozenset()
     also: Check = _nothing
+    remedy: str = _CONVERT  # for layers that it does not know
     older: bool = False
 
     def verdict(self, folder: Folder) -> Verdict:
@@ -154,7 +155,7 @@ class Reader:
         pattern, listed = folder.pattern, folder.listed
         if pattern is not None and (self.pattern_first or not self.names or listed is None):
             if unknown := sorted(set(pattern) - self.letters):
-                yield Finding(f"hybrid_override_pattern has {unknown[0]!r}, which it does not know", _CONVERT)
+                yield Finding(f"hybrid_override_pattern has {unknown[0]!r}, which it does not know", self.remedy)
         elif listed is not None and self.names:
             if unknown := sorted(set(listed) - self.names):
                 yield Finding(
@@ -357,6 +358,7 @@ READERS = (
         names=frozenset({"mamba", "attention", "moe"}),
         in_memory_names=True,
         singular_embedding=True,
+        remedy="use transformers 5.6 or newer, which know MLP layers, or import nemotron_h",
         older=True,
     ),
     Reader("transformers 5.6 to 5.12", names=_OLD, in_memory_names=True, singular_embedding=True, older=True),
@@ -501,7 +503,12 @@ def examine(path: str | Path) -> list[Verdict]:
         ValueError: it is no folder of this family.
     """
     folder = Folder(path)
-    return [Verdict(ITSELF, tuple(_itself(folder))), *(reader.verdict(folder) for reader in READERS)]
+    verdicts = [Verdict(ITSELF, tuple(_itself(folder))), *(reader.verdict(folder) for reader in READERS)]
+
+    def named(finding: Finding) -> Finding:
+        return replace(finding, remedy=finding.remedy.replace("FOLDER", str(path)))
+
+    return [replace(verdict, findings=tuple(map(named, verdict.findings))) for verdict in verdicts]
 
 
 def reader_of_transformers(version: str) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
-from . import convert, demo, doctor, generate, info, quantize
+from . import convert, demo, doctor, generate, info, quantize, verify
 from .errors import one_sentence
 
 app = typer.Typer(
@@ -39,7 +39,7 @@ def _options(
     pass
 
 
-for command in (generate, demo, info, quantize, convert, doctor):
+for command in (generate, demo, info, quantize, convert, verify, doctor):
     app.command(name=command.NAME, help=command.HELP, epilog=command.EXAMPLE)(one_sentence(command.run))
 
 

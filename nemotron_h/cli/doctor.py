@@ -50,12 +50,12 @@ def run(
         ]
         typer.echo(json.dumps({"folder": str(folder), "readers": readers, "healthy": not refused}, ensure_ascii=False))
     else:
-        _print(folder, verdicts, installed, refused)
+        _print(verdicts, installed, refused)
     if refused:
         raise typer.Exit(1)
 
 
-def _print(folder: Path, verdicts: list[Verdict], installed: str, refused: list[Verdict]) -> None:
+def _print(verdicts: list[Verdict], installed: str, refused: list[Verdict]) -> None:
     console = Console(highlight=False)
     table = Table("reader", "reads it?", "what it stumbles on", "remedy", show_lines=True)
     for each in verdicts:
@@ -64,8 +64,7 @@ def _print(folder: Path, verdicts: list[Verdict], installed: str, refused: list[
         for number, found in enumerate(each.findings or (None,)):
             head = (Text(name), Text(answer, style=style)) if number == 0 else (Text(""), Text(""))
             remark = "remark: " if found and found.remark else ""
-            remedy = found.remedy.replace("FOLDER", str(folder)) if found else ""
-            table.add_row(*head, Text(remark + found.what if found else ""), Text(remedy))
+            table.add_row(*head, Text(remark + found.what if found else ""), Text(found.remedy if found else ""))
     console.print(table)
     if refused:
         console.print(Text(f"Not read by {', '.join(each.reader for each in refused)}.", style="red"))
