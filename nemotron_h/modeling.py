@@ -424,13 +424,18 @@ class NemotronHPreTrainedModel(PreTrainedModel):
 
         Args:
             quantize: "int8" or "int4": the linear layers and routed experts in so many bits, made while loading.
+            quantized: "packed" keeps what NVIDIA's ModelOpt quantised (FP8, NVFP4) as it is and dequantises it where it
+                is used; without it such weights are dequantised on loading.
 
         Raises:
             OSError: a file cannot be read.
             ValueError: a tensor is missing, or has another shape than the config says; `quantize` is not known, or the
-                model is quantised already.
+                model is quantised already; `quantized` is not known, or the model is not quantised by ModelOpt.
         """
         source = pretrained_model_name_or_path
+        from . import modelopt_quantizer
+
+        modelopt_quantizer.prepare(kwargs.pop("quantized", None), source, kwargs)
         if (quantize := kwargs.pop("quantize", None)) is not None:
             from .quantization import config_for
 

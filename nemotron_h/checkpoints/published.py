@@ -44,7 +44,7 @@ def register() -> None:
     register_checkpoint_conversion_mapping("nemotron_h", conversion_mapping(), overwrite=True)
 
 
-_EXPERT = re.compile(r"(.*mixer\.experts)\.(\d+)\.(up_proj|down_proj)\.weight(_scale)?")
+_EXPERT = re.compile(r"(.*mixer\.experts)\.(\d+)\.(up|down)_proj\.(?:weight(_scale(?:_2)?)?|(input_scale))")
 
 
 def in_memory(state_dict: Mapping[str, Any], model: torch.nn.Module) -> Mapping[str, Any]:
@@ -57,7 +57,8 @@ def in_memory(state_dict: Mapping[str, Any], model: torch.nn.Module) -> Mapping[
     for name, tensor in state_dict.items():
         name = prefix + name.removeprefix("backbone.") if name.startswith("backbone.") else name
         if match := _EXPERT.fullmatch(name):
-            experts.setdefault(f"{match[1]}.{match[3]}{match[4] or ''}", {})[int(match[2])] = tensor
+            stacked = f"{match[3]}_{match[5]}" if match[5] else f"{match[3]}_proj{match[4] or ''}"
+            experts.setdefault(f"{match[1]}.{stacked}", {})[int(match[2])] = tensor
         else:
             renamed[name] = tensor
     for name, tensors in experts.items():

@@ -6,6 +6,7 @@ from .documents import document_index
 from .experts import routed_experts
 from .gated_norm import gated_rms_norm, rms_norm
 from .linear import linear
+from .low_precision import low_precision_experts_linear, low_precision_linear
 from .mamba_step import mamba_step
 from .moe import router
 from .precision import without_autocast
@@ -20,6 +21,8 @@ __all__ = [
     "document_index",
     "gated_rms_norm",
     "linear",
+    "low_precision_experts_linear",
+    "low_precision_linear",
     "mamba_step",
     "quantize_weight",
     "quantized_experts_linear",

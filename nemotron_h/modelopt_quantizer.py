@@ -1,0 +1,429 @@
+"""NVIDIA's FP8 and NVFP4 checkpoints through `transformers`' quantizer interface: dequantised, or kept packed.
+
+    from_pretrained(name)                         plain weights, in the dtype that is asked for; saved as a plain folder
+    from_pretrained(name, quantized="packed")     packed weights, dequantised where they are used; saved as they were
+
+Formats, names on disk and how modules are told apart: `checkpoints/modelopt.py`; arithmetic: `ops/low_precision.py`.
+In memory a packed linear layer has `weight`, `weight_scale`, `weight_scale_2` and `input_scale` as on disk; experts are
+stacked: `up_proj`, `up_proj_scale`, `up_proj_scale_2`, `up_input_scale`, and the same of `down`. Scales of activations
+and of an FP8 cache are kept for saving and not used.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.hub import cached_file
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from . import ops
+from .checkpoints import modelopt
+from .checkpoints.modelopt import FP8, INPUT_SCALE, KV_SCALES, QUANT_METHOD, SIDECAR, WEIGHT_SCALE, Recipe, canonical
+from .checkpoints.tensors import SafetensorsFolder, Shape, Spec
+from .configuration import NemotronHConfig
+from .modeling import NemotronHExperts
+from .quantization import NemotronHQuantizer, _PackedWeights
+
+PACKED = "packed"
+_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_PROJECTIONS = ("up_proj", "down_proj")
+# The end of a tensor's name on disk -> what stands in its place in the name of stacked experts.
+_STACKED = {"weight": "{0}_proj", WEIGHT_SCALE: "{0}_proj_scale", "weight_scale_2": "{0}_proj_scale_2"}
+_STACKED[INPUT_SCALE] = "{0}_input_scale"  # not up_proj_...: transformers 5.17 takes a name's beginning for the name
+
+
+class NemotronHModelOptConfig(QuantizationConfigMixin):
+    """`quantization_config` as ModelOpt writes it, kept word for word.
+
+    Args:
+        dequantize: make plain weights on loading; False is `quantized="packed"`. Not saved.
+        fields: everything else.
+    """
+
+    def __init__(self, dequantize: bool = True, **fields: Any):
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+        self.dequantize = dequantize
+        self.fields = fields
+
+    def to_dict(self) -> dict[str, Any]:
+        return copy.deepcopy(self.fields)
+
+    def __iter__(self) -> Any:
+        yield from self.to_dict().items()
+
+
+class _LowPrecision(_PackedWeights):
+    """Parameters as they are on disk, none of which is trained or cast."""
+
+    how: str
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        packed = {id(tensor) for name, tensor in self.named_parameters(recurse=False) if name != "bias"}
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return tensor.to(new.device) if id(tensor) in packed and new.dtype != tensor.dtype else new
+
+        return nn.Module._apply(self, keep_dtype, recurse)
+
+    def _hold(self, name: str, spec: Spec, device: Any) -> None:
+        empty = torch.empty(spec.shape, dtype=spec.dtype, device=device)
+        self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+
+    def parts(self, weight: str) -> tuple[Tensor, ...]:
+        """A weight and its scales, as the ops take them."""
+        ends = ("", "_scale") if self.how == FP8 else ("", "_scale", "_scale_2")
+        return tuple(self._parameters[weight + end] for end in ends)  # type: ignore[misc]
+
+    def dequantized(self, weight: str, dtype: torch.dtype) -> Tensor:
+        return modelopt.dequantize(self.how, self.parts(weight), dtype)
+
+
+class LowPrecisionLinear(_LowPrecision, nn.Linear):
+    """A linear layer whose weight is FP8 or NVFP4. LoRA goes on top of it."""
+
+    def __init__(self, plain: nn.Linear, how: str, specs: Mapping[str, Spec]):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        self.how, self.plain_class = how, type(plain)
+        for name, spec in specs.items():
+            self._hold(name, spec, plain.weight.device)
+        self.bias = plain.bias
+
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        return {"weight": (self.out_features, self.in_features)}
+
+    def reset_parameters(self) -> None:
+        """Nothing: there is no initialisation in this format."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.low_precision_linear(x, self.parts("weight"), self.bias)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight it stands for, (N, K); float32 unless told."""
+        return self.dequantized("weight", dtype or torch.float32)
+
+    @property
+    def W_q(self) -> Tensor:
+        """The name by which PEFT knows (HQQ's) layers that have a `dequantize()`: DoRA needs the weight's norm."""
+        return self.weight
+
+    def plain(self, dtype: torch.dtype) -> nn.Module:
+        with torch.device("meta"):
+            made = self.plain_class(self.in_features, self.out_features, bias=self.bias is not None)
+        made.weight = nn.Parameter(self.dequantize(dtype))
+        if self.bias is not None:
+            made.bias = self.bias
+        return made.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.how}"
+
+
+class LowPrecisionExperts(_LowPrecision):
+    """`NemotronHExperts` in FP8 or NVFP4, of which only the chosen experts' weights are read."""
+
+    def __init__(self, plain: NemotronHExperts, how: str, specs: Mapping[str, Spec]):
+        super().__init__()
+        self.num_experts, self.act_fn, self.how = plain.num_experts, plain.act_fn, how
+        self._shapes = {name: tuple(getattr(plain, name).shape) for name in _PROJECTIONS}
+        for name, spec in specs.items():
+            self._hold(name, spec, plain.up_proj.device)
+
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def forward(self, x_TD: Tensor, indices_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+        """Each token through its k experts, summed by weight: (T, D)."""
+        experts_S = indices_Tk.flatten()
+        order_S = experts_S.argsort(stable=True)
+        experts_S, token_S = experts_S[order_S], order_S // indices_Tk.shape[1]
+        hidden = ops.low_precision_experts_linear(x_TD[token_S], self.parts("up_proj"), experts_S)
+        y_SD = ops.low_precision_experts_linear(self.act_fn(hidden), self.parts("down_proj"), experts_S)
+        y_SD = y_SD * weights_Tk.flatten()[order_S, None]
+        out_TD = torch.zeros_like(x_TD, dtype=weights_Tk.dtype).index_add(0, token_S, y_SD.to(weights_Tk.dtype))
+        return out_TD.to(x_TD.dtype)
+
+    def plain(self, dtype: torch.dtype, config: NemotronHConfig) -> nn.Module:
+        with torch.device("meta"):
+            made = NemotronHExperts(config)
+        for name in _PROJECTIONS:
+            setattr(made, name, nn.Parameter(self.dequantized(name, dtype)))
+        return made.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, {self.how}"
+
+
+class _Stack(ConversionOps):
+    """One tensor per expert -> one tensor; the library's own of 5.17 loses dimensions of size 1 on the way back."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **_: Any
+    ) -> dict[str, Tensor]:
+        return {target_patterns[0]: torch.stack(next(iter(input_dict.values())))}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _Unstack()
+
+
+class _Unstack(ConversionOps):
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **_: Any
+    ) -> dict[str, Tensor]:
+        value = next(iter(input_dict.values()))
+        tensor = value[0] if isinstance(value, list) else value
+        # Cloned: a slice shares its storage with the others, which a file cannot.
+        return {target_patterns[0].replace("*", str(i)): part.clone() for i, part in enumerate(tensor.unbind(0))}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _Stack()
+
+
+class NemotronHModelOptQuantizer(NemotronHQuantizer):
+    """Puts packed modules in the place of plain ones before the weights are read; afterwards, unless they are to stay
+    packed, plain ones with the values again, one module at a time."""
+
+    quantization_config: NemotronHModelOptConfig
+
+    def __init__(self, quantization_config: NemotronHModelOptConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)  # type: ignore[arg-type]
+        self.dtype: torch.dtype | None = None
+        self._added: list[WeightConverter] = []
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise ValueError(
+                "A NemotronHModelOptConfig describes weights that are quantised already, and these are not: write a "
+                "quantised folder with `nemotron-h convert SOURCE DEST --to nvfp4`, and load that."
+            )
+
+    def _check_disk(self, device_map: dict[str, Any]) -> None:
+        on_disk = [name for name, device in device_map.items() if device == "disk"]
+        if on_disk and self.quantization_config.dequantize:
+            raise ValueError(
+                f"device_map puts {on_disk[0]!r} on disk, where weights that are being dequantised cannot go: pass "
+                'quantized="packed", or write a plain folder with `nemotron-h convert SOURCE DEST --to huggingface`.'
+            )
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """What an element will take: an NVFP4 byte becomes two values where the weights are dequantised."""
+        module, _dot, name = param_name.rpartition(".")
+        packed = model.get_submodule(module)
+        if self.quantization_config.dequantize and isinstance(packed, _LowPrecision) and name in packed.weights():
+            return (self.dtype or torch.bfloat16).itemsize * (1 if packed.how == FP8 else 2)
+        return param.element_size()
+
+    def _process_model_before_weight_loading(
+        self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: Any = None, **_: Any
+    ) -> Any:
+        source = model.config.name_or_path
+        self.dtype = dtype
+        recipe = Recipe.read(self.quantization_config.fields, source)
+        specs = {canonical(name): spec for name, spec in _specs(checkpoint_files, source).items()}
+        shapes = dict(_published_shapes(model))
+        if model.config.tie_word_embeddings:
+            shapes.pop("lm_head.weight", None)
+        found = modelopt.modules(shapes, specs, recipe, source)
+        for name, module in list(model.named_modules()):
+            place = canonical(name)
+            if isinstance(module, NemotronHExperts):
+                if packed := _packed_experts(place, module, found, source):
+                    model.set_submodule(name, packed)
+            elif place in found and isinstance(module, nn.Linear):
+                how, tensors = found[place]
+                model.set_submodule(name, LowPrecisionLinear(module, how, tensors))
+            elif (scale := KV_SCALES.get(place.rpartition(".")[2])) and f"{place}.{scale}" in specs:
+                empty = torch.empty(specs[f"{place}.{scale}"].shape, dtype=torch.float32, device=module.weight.device)
+                module.register_parameter(scale, nn.Parameter(empty, requires_grad=False))
+        self._expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
+        return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Before the experts' own, converters for all that belongs to their weights; longer names first."""
+        self._added = [
+            WeightConverter(f"mixer.experts.*.{name}.{end}", f"mixer.experts.{stacked.format(name[:-5])}", [_Stack()])
+            for end, stacked in reversed(_STACKED.items())
+            for name in _PROJECTIONS
+            if end != "weight"
+        ]
+        return [*self._added, *weight_conversions]
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        self._check_disk(getattr(model, "hf_device_map", None) or {})
+        self._settle(model, model.config.name_or_path)
+        if self.quantization_config.dequantize:
+            return self._plain(model, self.dtype or model.dtype)
+        for module in model.modules():
+            if isinstance(module, _LowPrecision):
+                for name, parameter in module.named_parameters(recurse=False):
+                    parameter.requires_grad_(name == "bias")
+        if (used := getattr(model, "_weight_conversions", None)) is not None:
+            # Saving turns the list around, so what is to come first comes last.
+            others = [conversion for conversion in used if conversion not in self._added]
+            model._weight_conversions = [*others, *(made for made in reversed(self._added) if made in used)]
+        return model
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        if isinstance(dtype, str):  # as saving leaves it in the config
+            dtype = getattr(torch, dtype)
+        dtype = dtype or model.dtype
+        return self._plain(model, dtype).to(dtype)
+
+    def _plain(self, model: Any, dtype: torch.dtype) -> Any:
+        for name, module in list(model.named_modules()):
+            hook = getattr(module, "_hf_hook", None)
+            if isinstance(module, LowPrecisionExperts):
+                plain = module.plain(dtype, model.config)
+            elif isinstance(module, LowPrecisionLinear):
+                plain = module.plain(dtype)
+            else:
+                for scale in KV_SCALES.values():
+                    module._parameters.pop(scale, None)
+                continue
+            if hook is not None:
+                from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+                remove_hook_from_module(module)
+                add_hook_to_module(plain, hook)
+            model.set_submodule(name, plain)
+        return model
+
+
+class _Files(SafetensorsFolder):
+    def __init__(self, files: Iterable[str]) -> None:
+        self._given = [Path(file) for file in files]
+        super().__init__(self._given[0].parent)
+
+    def _files(self) -> list[Path]:
+        return self._given
+
+
+def _specs(checkpoint_files: Any, source: Any) -> Mapping[str, Spec]:
+    files = list(checkpoint_files or ())
+    if not files or not all(str(file).endswith(".safetensors") for file in files):
+        raise ValueError(
+            f"{source or 'The state dict'} is quantised by ModelOpt, and that is read from *.safetensors alone: name "
+            "the folder that has them."
+        )
+    return _Files(files).specs
+
+
+def _published_shapes(model: nn.Module) -> Iterable[tuple[str, Shape]]:
+    """The matrices of a model, (N, K), by their names on disk (`canonical`), experts one by one."""
+    for name, module in model.named_modules():
+        if isinstance(module, NemotronHExperts):
+            for projection in _PROJECTIONS:
+                shape = tuple(getattr(module, projection).shape[1:])
+                for expert in range(module.num_experts):
+                    yield f"{canonical(name)}.{expert}.{projection}.weight", shape
+        elif isinstance(module, nn.Linear):
+            yield f"{canonical(name)}.weight", tuple(module.weight.shape)
+
+
+def _packed_experts(place: str, module: NemotronHExperts, found: Mapping[str, Any], source: Any) -> nn.Module | None:
+    """The packed experts, still empty; None where they are plain.
+
+    Raises: ValueError where they are not all alike, for they are stacked.
+    """
+    specs: dict[str, Spec] = {}
+    ways = {
+        found.get(f"{place}.{expert}.{name}", (None, {}))[0]
+        for expert in range(module.num_experts)
+        for name in _PROJECTIONS
+    }
+    if ways == {None}:
+        return None
+    for name in _PROJECTIONS:
+        alike = [found.get(f"{place}.{expert}.{name}", (None, {})) for expert in range(module.num_experts)]
+        if len(ways) > 1 or any(other != alike[0] for other in alike):
+            raise ValueError(
+                f"{source} has experts in {place} that are quantised in different ways, which cannot be stacked: write "
+                "a plain folder with `nemotron-h convert SOURCE DEST --to huggingface`, and load that."
+            )
+        for end, spec in alike[0][1].items():
+            specs[_STACKED[end].format(name[:-5])] = Spec((module.num_experts, *spec.shape), spec.dtype)
+    (how,) = ways
+    return LowPrecisionExperts(module, how, specs)
+
+
+def prepare(quantized: Any, source: Any, arguments: dict[str, Any]) -> None:
+    """Make `arguments`, those of `from_pretrained(source, ...)`, say how weights that ModelOpt quantised are loaded.
+
+    A config that is silent on the quantisation is completed from hf_quant_config.json, where there is one.
+
+    Raises: ValueError for an unknown `quantized`, and for a model that ModelOpt did not quantise.
+    """
+    if quantized not in (None, PACKED):
+        raise ValueError(f"quantized={quantized!r} is not known: write {PACKED!r}, or leave it out.")
+    if source is None or arguments.get("gguf_file"):
+        return
+    given = arguments.get("config")
+    config = given if isinstance(given, NemotronHConfig) else None
+    stored = getattr(config, "quantization_config", None)
+    if config is None and (quantized or _sidecar(source, arguments)):
+        hub = {name: arguments[name] for name in _HUB if name in arguments}
+        config = NemotronHConfig.from_pretrained(source if given is None else given, **hub)
+        # What transformers would have read them with, had it read the config.
+        for name in [name for name in arguments if name not in _HUB and name not in ("dtype", "torch_dtype")]:
+            if hasattr(config, name) and name != "quantization_config" and not name.startswith("attn_impl"):
+                setattr(config, name, arguments.pop(name))
+        stored = getattr(config, "quantization_config", None)
+    if stored is None and config is not None:
+        stored = _sidecar(source, arguments)
+    fields = stored if stored is None or isinstance(stored, dict) else stored.to_dict()
+    if fields is None or not str(fields.get("quant_method", "")).startswith(QUANT_METHOD):
+        if quantized:
+            kind = "not quantised" if fields is None else f"quantised by {fields.get('quant_method')}"
+            raise ValueError(f"quantized={quantized!r}, but {source} is {kind}, not by ModelOpt: leave quantized out.")
+        return
+    if config is not None:
+        config = copy.deepcopy(config)
+        config.quantization_config = {**fields, "quant_method": QUANT_METHOD, "dequantize": quantized is None}
+        arguments["config"] = config
+
+
+def _sidecar(source: Any, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    hub = {name: arguments[name] for name in _HUB if name in arguments}
+    silent = {"_raise_exceptions_for_gated_repo", "_raise_exceptions_for_missing_entries"}
+    silent.add("_raise_exceptions_for_connection_errors")
+    try:
+        file = cached_file(source, SIDECAR, **hub, **dict.fromkeys(silent, False))
+    except OSError:
+        return None  # no such repository, which loading says
+    return None if file is None else modelopt.sidecar(modelopt._json(Path(file)))
+
+
+def register() -> None:
+    """Make `transformers` know the method (again: nothing)."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(NemotronHModelOptConfig)
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(QUANT_METHOD)(NemotronHModelOptQuantizer)
+
+
+register()
+
+__all__ = [
+    "PACKED",
+    "LowPrecisionExperts",
+    "LowPrecisionLinear",
+    "NemotronHModelOptConfig",
+    "NemotronHModelOptQuantizer",
+    "prepare",
+    "register",
+]
