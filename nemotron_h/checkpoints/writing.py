@@ -143,7 +143,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 def write_safetensors(plan: Plan, folder: Path, done: Done, shard_bytes: int = SHARD_BYTES) -> None:
     """The plan's tensors as `model.safetensors`, or as numbered shards with their index, one tensor in memory."""
-    shards = _shards(plan.entries, shard_bytes)
+    shards = into_shards(plan.entries, shard_bytes)
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         names = ["model.safetensors"]
@@ -160,7 +160,7 @@ def write_safetensors(plan: Plan, folder: Path, done: Done, shard_bytes: int = S
             temporary.write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _shards(entries: Sequence[Entry], shard_bytes: int) -> list[list[Entry]]:
+def into_shards(entries: Sequence[Entry], shard_bytes: int) -> list[list[Entry]]:
     shards: list[list[Entry]] = [[]]
     room = shard_bytes
     for entry in entries:

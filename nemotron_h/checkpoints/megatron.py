@@ -1,0 +1,420 @@
+"""Megatron-Core's distributed checkpoints (`torch_dist`), read and written with torch alone.
+
+    DEST/latest_checkpointed_iteration.txt
+    DEST/iter_0000001/.metadata            which tensor lies where: torch.distributed.checkpoint's own index
+    DEST/iter_0000001/__N_0.distcp         tensors, one after the other, each as `torch.save` writes it
+    DEST/iter_0000001/common.pt            Megatron's arguments
+    DEST/iter_0000001/metadata.json        the format's name and version
+
+A tensor is there as it is over all ranks together, so a folder can be read with any parallelism. The names are those of
+`megatron_names`, and what ranks share out part by part is a tensor for each part:
+
+    mixer.in_proj.weight.{z,x,B,C,dt}      mixer.conv1d.{weight,bias}.{x,B,C}
+    mlp.experts.experts.linear_fc1.weight  [experts, rows, columns], one chunk per expert (`experts="grouped"`)
+    mlp.experts.experts.{i}.linear_fc1...  one tensor per expert (`experts="sequential"`, Megatron's singletons)
+
+Read as well: the two spellings of a rank's module (`local_experts.{i}`, `weight{i}`), the prefixes `model.` and
+`module.`, an iteration's folder itself, and NeMo 2's (`weights/`). Optimizer, random and TransformerEngine states stay
+behind. Memory: one tensor, or one expert of a grouped one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, BinaryIO, cast
+
+import torch
+from torch import Tensor
+
+from ..configuration import NemotronHConfig
+from .megatron_names import (
+    ITERATION,
+    VOCAB_DIVISIBLE_BY,
+    Spelling,
+    Unpickler,
+    Weight,
+    check_writable,
+    common_spec,
+    describe,
+    from_whole,
+    is_state,
+    iteration_folders,
+    leave_out,
+    load,
+    padded_vocab,
+    start,
+    to_megatron_args,
+    to_whole,
+    weights,
+)
+from .published import PublishedFolder, tensors
+from .tensors import Entry, Plan, Shape, Spec
+from .writing import SHARD_BYTES, Conversion, Done, copy_companions, into_shards, whole, write_safetensors
+
+OPTIONS = {
+    "config": "config.json of the model, where the checkpoint has no Megatron arguments",
+    "vocab_size": "tokens of the tokenizer, where the arguments have the padded number alone",
+    "tensor_parallel": "ranks that the vocabulary is padded for: 1, 2, 4 or 8",
+    "experts": "grouped (one tensor for all experts of a layer) or sequential (one tensor each)",
+    "vocab_divisible_by": "the padded vocabulary is a multiple of this and of the ranks",
+    "shard_bytes": "bytes per file, about",
+}
+EXPERTS = ("grouped", "sequential")
+
+_METADATA = ".metadata"
+_PREFIX = re.compile(r"^(?:(?:model\d*|module)\.)+")
+_REASONS = {
+    "the state of an optimizer": lambda name: re.match(r"(chained_\d+\.)?optimizer\.", name) is not None,
+    "the state of random numbers": lambda name: name.startswith(("rng_state", "rerun_state")),
+    "the state of TransformerEngine": is_state,
+}
+
+
+def recognises(path: str | Path) -> bool:
+    return _folder(Path(path)) is not None
+
+
+def _folder(path: Path) -> Path | None:
+    if not path.is_dir():
+        return None
+    return next((folder for folder in iteration_folders(path) if (folder / _METADATA).is_file()), None)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A block of a tensor: where it begins in it, its shape, and its file with the bytes it takes there."""
+
+    offsets: Shape
+    shape: Shape
+    file: Path
+    start: int
+    length: int
+
+
+class DistFolder:
+    """The tensors of a torch_dist folder, without prefixes; experts in one tensor are read one at a time (`name[i]`).
+
+    `args` are Megatron's arguments, None where the folder has none.
+
+    Raises:
+        ValueError: another backend than torch_dist, a file that is not there, cut short, or of an unknown kind, or a
+            tensor that is not there in full. Names the tensor.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        folder = _folder(self.path)
+        if folder is None:
+            raise ValueError(f"{path} has no {_METADATA} of a distributed checkpoint; name the folder that has it.")
+        self.folder = folder
+        if (folder / "metadata.json").exists():
+            backend = json.loads((folder / "metadata.json").read_text()).get("sharded_backend")
+            if backend not in ("torch_dist", None):
+                raise ValueError(f"{folder} was written with {backend!r}; write it as torch_dist with Megatron first.")
+        common = folder / "common.pt"
+        self.args = load(common).get("args") if common.exists() else None
+        self._chunks: dict[str, list[_Chunk]] = {}
+        self._where: dict[str, tuple[str, int | None]] = {}
+        self.specs: dict[str, Spec] = {}
+        self._read_index()
+        files = {chunk.file for chunks in self._chunks.values() for chunk in chunks}
+        self.files = [folder / _METADATA, *([common] if common.exists() else []), *sorted(files)]
+
+    def _read_index(self) -> None:
+        from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+        try:
+            with open(self.folder / _METADATA, "rb") as file:
+                metadata = Unpickler(file).load()
+            entries, storage = metadata.state_dict_metadata, metadata.storage_data
+        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
+            raise ValueError(f"{self.folder / _METADATA} cannot be read ({error}): fetch or write it again.") from error
+        sizes: dict[str, int] = {}
+        for stored, entry in entries.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                continue  # an object: the states of random numbers, of TransformerEngine, of the run
+            name = _PREFIX.sub("", stored)
+            if name in self._chunks:
+                raise ValueError(f"{self.folder} has {name} twice, with and without a prefix; take one out.")
+            chunks = self._chunks[name] = []
+            for chunk in entry.chunks:
+                info = storage[MetadataIndex(stored, chunk.offsets)]
+                if getattr(info, "transform_descriptors", None):
+                    how = ", ".join(info.transform_descriptors)
+                    raise ValueError(f"{self.folder} has {name} packed ({how}); write it without that.")
+                file = self.folder / info.relative_path
+                if info.relative_path not in sizes:
+                    sizes[info.relative_path] = file.stat().st_size if file.exists() else -1
+                if (size := sizes[info.relative_path]) < info.offset + info.length:
+                    what = "is not there" if size < 0 else "is cut short"
+                    raise ValueError(f"{file}, which has the tensor {name}, {what}: fetch or write it again.")
+                where = tuple(chunk.offsets), tuple(chunk.sizes)
+                chunks.append(_Chunk(*where, file, info.offset, info.length))
+            if sum(torch.Size(chunk.shape).numel() for chunk in chunks) != entry.size.numel():
+                raise ValueError(f"{self.folder} has only a part of the tensor {name}: fetch or write it again.")
+            self._name(name, Spec(tuple(entry.size), entry.properties.dtype))
+
+    def _name(self, name: str, spec: Spec) -> None:
+        if re.search(r"\.experts\.experts\.linear_fc\d\.weight$", name) and spec.shape and not _left_behind(name):
+            for expert in range(spec.shape[0]):
+                self._where[f"{name}[{expert}]"] = (name, expert)
+                self.specs[f"{name}[{expert}]"] = Spec(spec.shape[1:], spec.dtype)
+        else:
+            self._where[name], self.specs[name] = (name, None), spec
+
+    def read(self, name: str) -> Tensor:
+        stored, expert = self._where[name]
+        spec, chunks = self.specs[name], self._chunks[stored]
+        begin: Shape = (0,) * len(spec.shape) if expert is None else (expert, *(0,) * len(spec.shape))
+        size: Shape = spec.shape if expert is None else (1, *spec.shape)
+        result: Tensor | None = None
+        for chunk in chunks:
+            low = [max(a, b) for a, b in zip(begin, chunk.offsets, strict=True)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(begin, size, chunk.offsets, chunk.shape, strict=True)]
+            if any(a >= b for a, b in zip(low, high, strict=True)):
+                continue
+            part = self._load(name, chunk)
+            if chunk.offsets == begin and chunk.shape == size:
+                return part.reshape(spec.shape)
+            if result is None:
+                result = torch.empty(size, dtype=spec.dtype)
+            here = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, begin, strict=True))
+            there = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, chunk.offsets, strict=True))
+            result[here] = part[there]
+        assert result is not None, name
+        return result.reshape(spec.shape)
+
+    def _load(self, name: str, chunk: _Chunk) -> Tensor:
+        try:
+            with open(chunk.file, "rb") as file:
+                view = cast(IO[bytes], _View(file, chunk.start, chunk.length))
+                part: Tensor = torch.load(view, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"{chunk.file} cannot be read where the tensor {name} is: fetch or write it again."
+            ) from error
+        return part.reshape(chunk.shape)
+
+
+def _left_behind(name: str) -> bool:
+    return any(applies(name) for applies in _REASONS.values())
+
+
+class _View(io.RawIOBase):
+    """A part of a file as a file, for `torch.load`."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, self._length)[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        view = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
+        count: int = self._file.readinto(view)  # type: ignore[attr-defined]
+        self._at += count
+        return count
+
+
+def to_huggingface(
+    path: str | Path,
+    config: str | Path | None = None,
+    vocab_size: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Conversion:
+    """The published folder, of a torch_dist checkpoint.
+
+    Its config is `config`, or the config.json beside the checkpoint, or what its Megatron arguments say; `vocab_size`
+    is for the last alone.
+
+    Raises:
+        ValueError: no torch_dist checkpoint, files that cannot be read, no config or two that differ.
+    """
+    path = Path(path)
+    source = DistFolder(path)
+    beside = [path, source.folder, source.folder.parent]
+    described = describe(path, beside, source.args, config, vocab_size)
+    embeddings = source.specs.get("embedding.word_embeddings.weight")
+    rows = max(described.config.vocab_size, embeddings.shape[0] if embeddings and embeddings.shape else 0)
+    plan = Plan(source, list(_published_entries(source, described.config, rows)))
+    leave_out(plan, _REASONS)
+
+    def write(folder: Path, done: Done) -> None:
+        write_safetensors(plan, folder, done, shard_bytes)
+        described.write(folder)
+        for place in dict.fromkeys(reversed(beside)):
+            copy_companions(place, folder)
+
+    return Conversion(
+        "huggingface", plan, write, (shard_bytes, described.config.to_json_string()), remarks=described.remarks
+    )
+
+
+def _published_entries(source: DistFolder, config: NemotronHConfig, rows: int) -> Iterator[Entry]:
+    table = weights(config, rows)
+    spelling = Spelling((re.sub(r"\.(z|x|B|C|dt)$", "", name) for name in source.specs), table)
+    shapes = tensors(config)
+    for weight in table:
+        for name in weight.of:
+            sources = _dist_shapes(weight, spelling(weight))
+
+            def make(*parts: Tensor, weight: Weight = weight, name: str = name) -> Tensor:
+                return from_whole(weight, config, name, torch.cat(parts) if len(parts) > 1 else parts[0])
+
+            yield Entry(name, common_spec(source, sources, shapes[name]), sources, make)
+
+
+def _dist_shapes(weight: Weight, name: str) -> dict[str, Shape]:
+    """The tensors of a distributed checkpoint that hold a weight."""
+    if weight.parts is None:
+        return {name: weight.shape}
+    return {f"{name}.{part}": (rows, *weight.shape[1:]) for part, rows in weight.parts.items()}
+
+
+def from_huggingface(
+    path: str | Path,
+    tensor_parallel: int = 1,
+    experts: str = "grouped",
+    vocab_divisible_by: int = VOCAB_DIVISIBLE_BY,
+    shard_bytes: int = SHARD_BYTES,
+) -> Conversion:
+    """A torch_dist checkpoint, of a folder of this family.
+
+    `tensor_parallel` decides how far the vocabulary is padded, with zeros, and what the arguments say; Megatron reads
+    the result with any. The folder's config.json and its tokenizer are kept beside it, for the way back.
+
+    Raises:
+        ValueError: a wrong source or option, or a model that Megatron has no place for.
+    """
+    source = PublishedFolder(path)
+    config = source.config
+    if experts not in EXPERTS:
+        raise ValueError(f"experts is {experts!r}; give one of {', '.join(EXPERTS)}.")
+    check_writable(config, tensor_parallel, vocab_divisible_by, tensor_parallel)
+    rows = padded_vocab(config.vocab_size, tensor_parallel, vocab_divisible_by)
+    plan = Plan(source, list(_dist_entries(source, weights(config, rows), experts)))
+    args = to_megatron_args(config) | {
+        "padded_vocab_size": rows,
+        "make_vocab_size_divisible_by": vocab_divisible_by,
+        "tensor_model_parallel_size": tensor_parallel,
+        "pipeline_model_parallel_size": 1,
+        "ckpt_format": "torch_dist",
+        "iteration": ITERATION,
+    }
+
+    def write(folder: Path, done: Done) -> None:
+        inner = start(folder)
+        _write_tensors(plan, inner, done, shard_bytes)
+        common = {"args": argparse.Namespace(**args), "checkpoint_version": 3.0, "iteration": ITERATION}
+        common["content_metadata"] = {"singleton_local_shards": experts == "sequential"}
+        with whole(inner / "common.pt") as temporary:
+            torch.save(common, temporary)
+        backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+        backends |= {"common_backend": "torch", "common_backend_version": 1}
+        (inner / "metadata.json").write_text(json.dumps(backends))
+        (folder / "config.json").write_bytes((source.path / "config.json").read_bytes())
+        copy_companions(source.path, folder)
+
+    return Conversion("megatron", plan, write, (tensor_parallel, experts, rows, shard_bytes))
+
+
+def _dist_entries(source: PublishedFolder, table: list[Weight], experts: str) -> Iterator[Entry]:
+    config, shapes = source.config, tensors(source.config)
+    for weight in table:
+        name = weight.names[1 if weight.expert and experts == "sequential" else 0]
+        sources = {published: shapes[published] for published in weight.of}
+        first = 0
+        for stored, shape in _dist_shapes(weight, name).items():
+            rows = slice(first, first + shape[0]) if weight.parts is not None else slice(None)
+            first += shape[0]
+
+            def make(*parts: Tensor, weight: Weight = weight, rows: slice = rows) -> Tensor:
+                return to_whole(weight, config, *parts)[rows]
+
+            yield Entry(stored, common_spec(source, sources, shape), sources, make)
+
+
+def _write_tensors(plan: Plan, folder: Path, done: Done, shard_bytes: int) -> None:
+    """What `torch.distributed.checkpoint.save` writes, without holding a tensor longer than it takes to write it.
+
+    Each file stands for a rank. What it holds is kept beside it until all are there: an interrupted run goes on with
+    the first file that is not whole.
+    """
+    from torch.distributed.checkpoint import FileSystemWriter, SavePlan
+    from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.planner import WriteItem
+    from torch.distributed.checkpoint.storage import WriteResult
+
+    counts: dict[str, int] = {}
+    for entry in plan.entries:
+        counts[_stacked(entry)[0]] = counts.get(_stacked(entry)[0], 0) + 1
+    groups = into_shards(plan.entries, shard_bytes)
+    items = [[_write_item(entry, counts) for entry in entries] for entries in groups]
+    plans, metadata = create_default_global_save_plan([SavePlan(part) for part in items])
+    results: list[list[WriteResult]] = []
+    for rank, (entries, save) in enumerate(zip(groups, plans, strict=True)):
+        path, kept = folder / f"__{rank}_0.distcp", folder / f".written_{rank}.json"
+        if kept.exists():
+            places = json.loads(kept.read_text())
+            done(sum(entry.spec.nbytes for entry in entries))
+        else:
+            places = []
+            with whole(path) as temporary, open(temporary, "wb") as file:
+                for entry, item in zip(entries, save.items, strict=True):
+                    began = file.tell()
+                    assert item.tensor_data is not None
+                    torch.save(_alone(entry.read(plan.source)).reshape(item.tensor_data.chunk.sizes), file)
+                    places.append((began, file.tell() - began))
+                    done(entry.spec.nbytes)
+            with whole(kept) as temporary:
+                temporary.write_text(json.dumps(places))
+        written: list[tuple[WriteItem, tuple[int, int]]] = list(zip(save.items, places, strict=True))
+        results.append(
+            [
+                WriteResult(item.index, length, _StorageInfo(path.name, began, length))
+                for item, (began, length) in written
+            ]
+        )
+    FileSystemWriter(folder).finish(metadata, results)
+    for kept in folder.glob(".written_*.json"):
+        kept.unlink()
+
+
+def _stacked(entry: Entry) -> tuple[str, int | None]:
+    """The tensor that an entry is stored in, and its place along the first dimension where it shares it."""
+    match = re.fullmatch(r"(.*)\[(\d+)\]", entry.name)
+    return (match[1], int(match[2])) if match else (entry.name, None)
+
+
+def _write_item(entry: Entry, counts: Mapping[str, int]) -> Any:
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+    from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+    name, place = _stacked(entry)
+    shape = entry.spec.shape
+    offsets = torch.Size([0] * len(shape) if place is None else [place, *[0] * len(shape)])
+    sizes = torch.Size(shape if place is None else (1, *shape))
+    size = torch.Size(shape if place is None else (counts[name], *shape))
+    data = TensorWriteData(ChunkStorageMetadata(offsets, sizes), TensorProperties(entry.spec.dtype), size)
+    return WriteItem(MetadataIndex(name, offsets), WriteItemType.SHARD, tensor_data=data)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """With nothing else in its storage, which `torch.save` writes as a whole."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
