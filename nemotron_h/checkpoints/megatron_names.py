@@ -652,8 +652,31 @@ def load(path: Path, mmap: bool = False) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=PickleModule, mmap=mmap)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read ({reason}): fetch or write it again.") from error
+        lost = names_of_cut(path)
+        lost = f", and with it {lost[0]} and {len(lost) - 1} other tensors" if lost else ""
+        raise ValueError(f"{path} cannot be read{lost}: fetch or write it again.") from error
+
+
+class _NamesAlone(Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("argparse", "collections"):
+            return super().find_class(module, name)
+        return type(name, (_Unknown,), {"__module__": module})
+
+    def persistent_load(self, pid: Any) -> None:
+        return None
+
+
+def names_of_cut(path: Path) -> list[str]:
+    """The tensors of "model" in a file of `torch.save` that is cut short: its pickle comes first."""
+    try:
+        with open(path, "rb") as file:
+            header = file.read(30)
+            file.seek(30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"))
+            model = _NamesAlone(file).load()["model"]
+            return [name for name, value in model.items() if isinstance(value, _Unknown)]
+    except Exception:  # whatever a damaged file makes of the pickle: there is just no name to tell
+        return []
 
 
 def leave_out(plan: Plan, reasons: Mapping[str, Callable[[str], bool]]) -> None:
