@@ -135,7 +135,7 @@ def record(folder: str | Path, input_ids: Tensor, dtype: str | torch.dtype = "fl
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor that both have. `difference` is the largest, over the reference's largest magnitude `scale`."""
+    """One tensor that both have. `difference` is the largest, over the reference's largest finite magnitude `scale`."""
 
     name: str
     label: str
@@ -194,7 +194,8 @@ def _row(name: str, reference: Tensor, other: Tensor, kinds: tuple[str, ...]) ->
         number = int(match[1])
         kind = f" ({kinds[number - 1]})" if 0 < number <= len(kinds) else ""
         label = f"layer {number - 1}{kind}" if number else "embeddings"
-    scale = reference.double().abs().max().item()
+    finite = reference[reference.isfinite()].double().abs()
+    scale = finite.max().item() if finite.numel() else 0.0
     if reference.shape != other.shape:
         return Row(name, f"{label}, {list(reference.shape)} and {list(other.shape)}", math.inf, scale)
     difference = (reference.double() - other.double()).abs()

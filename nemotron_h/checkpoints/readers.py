@@ -29,7 +29,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..configuration import NemotronHConfig
+from ..configuration import NemotronHConfig, parse_layers
 from . import published
 from .tensors import SafetensorsFolder, Shape, Spec
 
@@ -104,10 +104,14 @@ class Folder:
     def listed(self) -> list[str] | None:
         return self.fields.get("layers_block_type")
 
-    @property
+    @cached_property
     def kinds(self) -> set[str]:
-        """The kinds of layer of the model, in old names; empty where its config cannot be read."""
-        return set(self.config.layers_block_type) if self.config else set()
+        """The kinds of layer of the model, in old names; empty where its config does not say them."""
+        layers = self.pattern.partition("/")[0] if isinstance(self.pattern, str) else self.listed
+        try:
+            return set(parse_layers(layers or ""))
+        except ValueError:
+            return set()
 
     @property
     def quantised(self) -> str | None:

@@ -41,8 +41,26 @@ def run(
     experts: Annotated[
         str | None, typer.Option(metavar="grouped|sequential", help="Megatron: how routed experts are laid out.")
     ] = None,
+    expert_tensor_parallel: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Megatron files: ranks that an expert is split over.")
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="From Megatron: tokens, where it has the padded number.")
+    ] = None,
+    vocab_divisible_by: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Megatron: what the vocabulary is padded to a multiple of.")
+    ] = None,
     outtype: Annotated[
         str | None, typer.Option(metavar="TYPE", help="GGUF: f32, f16, bf16 or q8_0 for the matrices.")
+    ] = None,
+    pre: Annotated[
+        str | None, typer.Option(metavar="NAME", help="GGUF: how the tokenizer splits text, where it cannot be told.")
+    ] = None,
+    mtp: Annotated[
+        bool | None, typer.Option("--mtp/--no-mtp", help="GGUF: the multi-token-prediction layers as well or not.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="FP8, NVFP4: modules left as they are; may be repeated.")
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(metavar="DTYPE", help="Hugging Face: bfloat16, float16 or float32, not as stored.")
@@ -68,7 +86,13 @@ def run(
         to,
         tensor_parallel=tensor_parallel,
         experts=experts,
+        expert_tensor_parallel=expert_tensor_parallel,
+        vocab_size=vocab_size,
+        vocab_divisible_by=vocab_divisible_by,
         outtype=outtype,
+        pre=pre,
+        mtp=mtp,
+        exclude=exclude or None,
         dtype=dtype,
         config=config,
         shard_bytes=None if shard_size is None else parse_size(shard_size),

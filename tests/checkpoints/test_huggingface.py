@@ -77,7 +77,9 @@ def test_merges_of_other_tools(tmp_path):
     conversion = rewrite(tmp_path / "merged", tmp_path / "dest")
     expected, found = contents(tmp_path / "expected"), contents(tmp_path / "dest")
     assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
-    line = "backbone.layers.1.mixer.experts.5.up_proj.weight [24, 32] float32 <- model.layers.1.mixer.experts.up_proj[5]"
+    line = (
+        "backbone.layers.1.mixer.experts.5.up_proj.weight [24, 32] float32 <- model.layers.1.mixer.experts.up_proj[5]"
+    )
     assert line in list(conversion.plan.lines())
 
 
@@ -110,7 +112,7 @@ def test_refusals(tmp_path):
         formats.conversion(tmp_path / "source", "huggingface", tensor_parallel=2)
     with pytest.raises(ValueError, match="There is no format 'onnx'; write one of huggingface, megatron"):
         formats.conversion(tmp_path / "source", "onnx")
-    with pytest.raises(ValueError, match="There is no .*nowhere"):
+    with pytest.raises(ValueError, match=r"There is no .*nowhere"):
         formats.detect(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty is in none of the formats huggingface, megatron"):

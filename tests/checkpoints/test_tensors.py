@@ -55,7 +55,9 @@ def test_a_cut_file_names_the_first_tensor_that_is_gone(tmp_path, kept, lost):
     data = file.read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
     file.write_bytes(data[: header + 20] if kept > 0 else data[:kept])
-    with pytest.raises(ValueError, match=rf"cannot be read, from the tensor {lost} on .*: fetch or write it again") as error:
+    with pytest.raises(
+        ValueError, match=rf"cannot be read, from the tensor {lost} on .*: fetch or write it again"
+    ) as error:
         SafetensorsFolder(tmp_path)
     assert "model.safetensors" in str(error.value)
 
@@ -63,7 +65,7 @@ def test_a_cut_file_names_the_first_tensor_that_is_gone(tmp_path, kept, lost):
 @pytest.mark.parametrize("content", [b"", b"no safetensors at all", b"\xff" * 64])
 def test_what_is_no_safetensors_file(tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="model.safetensors cannot be read"):
+    with pytest.raises(ValueError, match=r"model.safetensors cannot be read"):
         SafetensorsFolder(tmp_path)
 
 
@@ -158,7 +160,7 @@ def test_a_tensor_under_two_names(tmp_path):
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     write(tmp_path, {**tensors, "model.norm_f.weight": tensors["backbone.norm_f.weight"].clone()})
-    with pytest.raises(ValueError, match="has backbone.norm_f.weight twice"):
+    with pytest.raises(ValueError, match=r"has backbone.norm_f.weight twice"):
         published.PublishedFolder(tmp_path)
 
 
@@ -171,7 +173,7 @@ def test_the_copied_head_of_a_tied_model_is_passed_over(tmp_path):
 
 
 def test_only_folders_of_this_family(tmp_path):
-    with pytest.raises(ValueError, match="has no config.json"):
+    with pytest.raises(ValueError, match=r"has no config.json"):
         published.PublishedFolder(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(small_config().to_dict() | {"model_type": "llama"}))
     with pytest.raises(ValueError, match="is a 'llama' model"):
