@@ -35,6 +35,7 @@ _TABLE_PAYS = 2**16
 _PAIRS = {2: torch.int32, 4: torch.int64}  # an integer of two values of so many bytes
 
 
+@torch.no_grad()
 def dequantize_fp8(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The values (..., N, K) in `dtype`, exact or rounded once.
 
@@ -51,6 +52,7 @@ def dequantize_fp8(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return out.view(q.shape)
 
 
+@torch.no_grad()
 def dequantize_nvfp4(q: Tensor, block_scale: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The values (..., N, K) in `dtype`, exact or rounded once.
 
@@ -207,6 +209,7 @@ class _Linear(torch.autograd.Function):
             return _backward(grad_RN, parts), *(None for _ in parts)
 
 
+@torch.no_grad()
 def _forward(x_RK: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
     dtype = _multiplied_in(x_RK)
     values, tiles = _rows(parts, x_RK.dtype)
@@ -217,6 +220,7 @@ def _forward(x_RK: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
     return y_RN
 
 
+@torch.no_grad()
 def _backward(grad_RN: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
     dtype = _multiplied_in(grad_RN)
     values, tiles = _rows(parts, grad_RN.dtype)
@@ -302,12 +306,14 @@ def _round_e2m1(x: Tensor) -> Tensor:
 @functools.cache
 def _e4m3(device: torch.device) -> Tensor:
     """(256,) float64: what each byte of e4m3 is."""
-    return torch.arange(256, dtype=torch.uint8).view(E4M3).double().to(device)
+    with torch.inference_mode(False):  # what is kept is for every mode
+        return torch.arange(256, dtype=torch.uint8).view(E4M3).double().to(device)
 
 
 @functools.cache
 def _e2m1_pairs(device: torch.device) -> Tensor:
     """(256, 2) float64: what the two halves of a byte are, the low one first."""
-    values = torch.tensor([*_E2M1, *(-value for value in _E2M1)], dtype=torch.float64)
-    byte = torch.arange(256)
-    return torch.stack([values[byte & 15], values[byte >> 4]], dim=-1).to(device)
+    with torch.inference_mode(False):
+        values = torch.tensor([*_E2M1, *(-value for value in _E2M1)], dtype=torch.float64)
+        byte = torch.arange(256)
+        return torch.stack([values[byte & 15], values[byte >> 4]], dim=-1).to(device)
