@@ -25,7 +25,7 @@ from nemotron_h import NemotronHCache, ops, pieces
 from nemotron_h.cache import GrowingLayer
 from nemotron_h.ops import native
 
-KERNELS = ("linear", "mamba_step", "attend", "rms_norm")
+KERNELS = ("linear", "mamba_step", "attend", "rms_norm", "blocks")
 
 
 class Allocation(NamedTuple):
@@ -131,10 +131,11 @@ def decoding(model, context: int, batch: int = 1):
 # ------------------------------------------------------------------------------------------------ operations a token
 
 # What a layer (its norm, its mixer, the sum) takes for one decoded token, and what the model takes beside its layers:
-# (calls of native.c, operations), as counted on torch 2.13 and transformers 5.24. A tenth more is let pass.
+# (calls of native.c, operations), as counted on torch 2.13 and transformers 5.24. A tenth more is let pass. With
+# native.c a layer beside another of these is in the same call; experts begin a new one.
 TODAY = {
-    ("native", torch.float32): {"M": (4, 8), "*": (6, 24), "-": (3, 6), "E": (5, 42), "rest": (2, 8)},
-    ("native", torch.bfloat16): {"M": (4, 8), "*": (6, 24), "-": (3, 6), "E": (5, 45), "rest": (2, 9)},
+    ("native", torch.float32): {"M": (1, 3), "*": (1, 5), "-": (1, 3), "E": (5, 42), "rest": (0, 2)},
+    ("native", torch.bfloat16): {"M": (1, 3), "*": (1, 5), "-": (1, 3), "E": (5, 45), "rest": (0, 3)},
     ("torch", torch.float32): {"M": (0, 85), "*": (0, 45), "-": (0, 17), "E": (0, 65), "rest": (0, 16)},
     ("torch", torch.bfloat16): {"M": (0, 101), "*": (0, 52), "-": (0, 20), "E": (0, 70), "rest": (0, 20)},
 }
@@ -159,7 +160,7 @@ def test_operations_a_decoded_token(kernels, path, dtype):
     for kind, (calls, operations) in found.items():
         today = TODAY[path, dtype][kind]
         assert calls <= today[0] and operations <= math.ceil(1.1 * today[1]), (kind, found)
-        assert (calls > 0) == (path == "native")  # the premise
+    assert (sum(calls for calls, _ in found.values()) > 0) == (path == "native")  # the premise
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -11,6 +11,15 @@ it, at 20 GFLOP/s, float32 at 130 to 156):
     float32   F.linear                 14    79    81    96   183   245   496   552    1845..2600
               native.linear            10    13    20    32    54   243   529   926
 
+and on two cores with AVX-512 without bfloat16 instructions, which oneDNN then emulates:
+
+    rows                                1     4     8    16    32    64   256   512   1024
+    bfloat16  F.linear                 12    36    55    91   185   158   611  1210   2493
+              native.linear             9    11    25    52    61   103
+              float32 tiles            30    49    47    53    38    54   204   326    565
+    float32   F.linear                 18    40    44    45    31    48   183   294    501
+              native.linear            17    20    31    54    55   101
+
 With bfloat16 instructions (measured on Zen 4, AVX-512): one row F.linear 14, ATen's own
 product 4.9; from two rows on oneDNN is 1.7 to 4.5 times faster than ATen's, so native takes the first rows only.
 """
@@ -18,6 +27,7 @@ product 4.9; from two rows on oneDNN is 1.7 to 4.5 times faster than ATen's, so 
 from __future__ import annotations
 
 import functools
+import platform
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,17 +85,25 @@ def _many_rows(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, slow: boo
 
 def _few(dtype: torch.dtype, slow: bool) -> int:
     """Up to how many rows native.linear is the fastest."""
+    most = 12 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
     if dtype == torch.float32:
-        return 32
-    return 0 if dtype != torch.bfloat16 else 32 if slow else 4
+        return most
+    return 0 if dtype != torch.bfloat16 else most if slow else 4
 
 
 @functools.cache
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU's library multiplies matrices of that half-precision dtype at speed."""
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    """Whether this CPU has instructions that multiply that half-precision dtype.
+
+    oneDNN's word is not enough on x86: it takes bfloat16 on any AVX-512 and emulates it, at a fifth of float32's speed.
+    """
+    if dtype != torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    if platform.machine().lower() in ("x86_64", "amd64") and not (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    ):
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def in_tiles(x_MK: Tensor, width: int, tile: Any, bias_N: Tensor | None = None) -> Tensor:
