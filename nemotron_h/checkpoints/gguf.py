@@ -25,8 +25,8 @@ for rotary models. Without a position encoding it changes no product of q and k,
 converter made expect it, and files that it wrote have it.
 
 What llama.cpp does not compute is refused: MLP and MoE layers in one model, a clamp of the time step, biases of
-`in_proj` or of experts. It knows one MTP depth of `*E`, and subtracts a mean in its last norm (llama.cpp 0c1e5709): other
-drafts than here, the same text. Files of other quantisations are read, dequantised.
+`in_proj` or of experts. Of MTP it knows one depth of `*E`, and subtracts a mean in its last norm (llama.cpp 0c1e5709):
+other drafts than here, the same text. Files of other quantisations are read, dequantised.
 
 The tokenizer is in `gguf_tokenizer`. `config.json` and its neighbours travel in keys `huggingface.*` that llama.cpp
 passes over, so that a file comes back as the folder it was; without them the config is read off llama.cpp's own keys.
@@ -434,8 +434,20 @@ def _entry(row: Row, kind: str) -> _Stored:
 
 def _add_config(writer: Any, config: NemotronHConfig, mtp: bool, outtype: str) -> None:
     gguf = _package()
+    writer.add_type(gguf.GGUFType.MODEL)
+    if name := Path(config.name_or_path or "").name:
+        writer.add_name(name)
+    writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[outtype]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for key, value in _keys(config, mtp).items():
+        # By type, not by the writer's methods of these names, which older versions of the package do not have all of.
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
+        add[type(value)](f"{writer.arch}.{key}", value)
+
+
+def _keys(config: NemotronHConfig, mtp: bool) -> dict[str, Any]:
+    """llama.cpp's name of each setting, without the architecture before it."""
     kinds = config.layers_block_type
-    moe = "moe" in kinds
     widths = [
         config.mlp_intermediate_size(index) if kind == "mlp" else config.moe_intermediate_size if kind == "moe" else 0
         for index, kind in enumerate(kinds)
@@ -443,43 +455,44 @@ def _add_config(writer: Any, config: NemotronHConfig, mtp: bool, outtype: str) -
     heads = [config.num_key_value_heads if kind == "attention" else 0 for kind in kinds]
     if mtp:
         widths, heads = [*widths, config.moe_intermediate_size], [*heads, config.num_key_value_heads]
-        writer.add_nextn_predict_layers(1)
-    writer.add_type(gguf.GGUFType.MODEL)
-    if name := Path(config.name_or_path or "").name:
-        writer.add_name(name)
-    writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[outtype]])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_block_count(len(heads))
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(widths)
-    writer.add_layer_norm_eps(config.layer_norm_epsilon)
-    writer.add_layer_norm_rms_eps(config.layer_norm_epsilon)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)  # looked for, not used: there is no position encoding
-    writer.add_rope_scaling_finetuned(False)
-    writer.add_ssm_conv_kernel(config.conv_kernel)
-    writer.add_ssm_inner_size(config.d_inner)
-    writer.add_ssm_state_size(config.ssm_state_size)
-    writer.add_ssm_time_step_rank(config.mamba_num_heads)
-    writer.add_ssm_group_count(config.n_groups)
-    if moe:
-        writer.add_expert_count(config.n_routed_experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-        writer.add_expert_shared_count(config.n_shared_experts)
-        writer.add_expert_shared_feed_forward_length(config.moe_shared_expert_intermediate_size)
-        writer.add_expert_weights_norm(config.norm_topk_prob)
-        writer.add_expert_weights_scale(config.routed_scaling_factor)
-        writer.add_expert_group_count(config.n_group)
-        writer.add_expert_group_used_count(config.topk_group)
-        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    keys = {
+        "block_count": len(heads),
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": widths,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_epsilon": float(config.layer_norm_epsilon),
+        "attention.layer_norm_rms_epsilon": float(config.layer_norm_epsilon),
+        "rope.dimension_count": config.head_dim,  # read, not used: there is no position encoding
+        "rope.scaling.finetuned": False,
+        "ssm.conv_kernel": config.conv_kernel,
+        "ssm.inner_size": config.d_inner,
+        "ssm.state_size": config.ssm_state_size,
+        "ssm.time_step_rank": config.mamba_num_heads,
+        "ssm.group_count": config.n_groups,
+    }
+    if "moe" in kinds:
+        keys |= {
+            "expert_count": config.n_routed_experts,
+            "expert_used_count": config.num_experts_per_tok,
+            "expert_feed_forward_length": config.moe_intermediate_size,
+            "expert_shared_count": config.n_shared_experts,
+            "expert_shared_feed_forward_length": config.moe_shared_expert_intermediate_size,
+            "expert_weights_norm": bool(config.norm_topk_prob),
+            "expert_weights_scale": float(config.routed_scaling_factor),
+            "expert_group_count": config.n_group,
+            "expert_group_used_count": config.topk_group,
+            "expert_gating_func": 2,  # sigmoid
+        }
         if config.moe_latent_size:
-            writer.add_moe_latent_size(config.moe_latent_size)
+            keys["moe_latent_size"] = config.moe_latent_size
+    if mtp:
+        keys["nextn_predict_layers"] = 1
+    return keys
 
 
 _SAFE_BYTES = 1 << 30  # so much is written between two marks that an interrupted run goes on from

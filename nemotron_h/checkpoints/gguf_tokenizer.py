@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -109,7 +108,6 @@ class Vocabulary:
         import gguf
         from tokenizers import Tokenizer
 
-        logging.getLogger("gguf.vocab").setLevel(logging.ERROR)
         known = gguf.SpecialVocab(folder, load_merges=True, n_vocab=config.vocab_size)
         self.merges = known.merges
         kinds = ("bos", "eos", "unk", "pad")
@@ -133,13 +131,7 @@ class Vocabulary:
         if isinstance(template := known.chat_template, str):
             self.template = _hide(template)
         elif template:
-            self.remarks.append(
-                "The tokenizer has several chat templates; the file has those that are not the default too."
-            )
-            self.template = None
-            self.templates = template
-
-    templates: Any = None
+            self.template = [{**each, "template": _hide(each["template"])} for each in template]
 
     def add(self, writer: Any) -> None:
         """Write it into a `gguf.GGUFWriter`."""
