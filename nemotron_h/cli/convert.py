@@ -18,6 +18,7 @@ from rich.markup import escape
 from .arguments import JsonOption, parse_size, size
 
 if TYPE_CHECKING:
+    from ..checkpoints.tensors import Plan
     from ..checkpoints.writing import Conversion, Done
 
 NAME = "convert"
@@ -113,7 +114,7 @@ def run(
     with _progress(f"{facts['from']} -> {to}", plan.nbytes) as done:
         writing.convert(conversion, dest, done)
     facts |= {"dest": str(dest), "seconds": round(time.perf_counter() - start, 2), "bytes_on_disk": _on_disk(dest)}
-    facts["next"] = shlex.join(["nemotron-h", "verify", str(source), str(dest)])
+    facts |= {"fewer_bits": _fewer_bits(plan), "next": shlex.join(["nemotron-h", "verify", str(source), str(dest)])}
     if as_json:
         typer.echo(json.dumps(facts, ensure_ascii=False))
     else:
@@ -155,6 +156,15 @@ def _progress(title: str, total: int) -> Iterator[Done]:
         yield lambda nbytes: bar.update(task, advance=nbytes)
 
 
+def _fewer_bits(plan: Plan) -> bool:
+    """Whether any tensor of the result is stored in a narrower type than what it is made of."""
+    specs = plan.source.specs
+    return any(
+        entry.spec.dtype.itemsize < max((specs[name].dtype.itemsize for name in entry.sources), default=0)
+        for entry in plan.entries
+    )
+
+
 def _on_disk(dest: Path) -> int:
     files = [dest] if dest.is_file() else [file for file in dest.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)
@@ -168,4 +178,5 @@ def _print(facts: dict[str, Any]) -> None:
     )
     for remark in facts["remarks"]:
         console.print(escape(remark), style="yellow")
-    console.print(f"Check it: {escape(facts['next'])}", style="dim")
+    doubt = " (it has fewer bits, so it will not be the same)" if facts["fewer_bits"] else ""
+    console.print(f"Check it{doubt}: {escape(facts['next'])}", style="dim")

@@ -63,12 +63,13 @@ def test_written(twin, cli, cli_json, base_model, tmp_path):
     assert (facts["from"], facts["to"], facts["tensors"]) == ("huggingface", "twin", len(before))
     assert facts["bytes"] == sum(tensor.nbytes for tensor in before.values())
     assert facts["bytes_on_disk"] == (tmp_path / "other/twin.safetensors").stat().st_size
+    assert facts["fewer_bits"] is False
     assert facts["remarks"] == ["Its names read backwards."] and facts["next"].startswith("nemotron-h verify")
 
 
 def test_the_same_format_in_another_dtype(cli_json, base_model, tmp_path):
     facts = cli_json("convert", base_model, str(tmp_path / "half"), "--to", "huggingface", "--dtype", "bfloat16")
-    assert facts["from"] == facts["to"] == "huggingface"
+    assert facts["from"] == facts["to"] == "huggingface" and facts["fewer_bits"] is True
     before, after = (load_file(folder / "model.safetensors") for folder in (Path(base_model), tmp_path / "half"))
     assert before.keys() == after.keys()
     assert after["lm_head.weight"].dtype == torch.bfloat16
