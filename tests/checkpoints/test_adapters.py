@@ -187,6 +187,15 @@ def test_separate_experts_open_in_peft_where_the_model_has_a_module_per_expert(b
     assert relative_difference(logits(base, tmp_path / "again"), logits(base, adapter)) <= 1e-6
 
 
+def test_a_pattern_of_another_form_keeps_its_scaling(base, tmp_path):
+    adapter = make_adapter(base, tmp_path / "adapter", rank_pattern={r"1\.mixer\.experts\.(up|down)_proj": 3})
+    convert_adapter(adapter, tmp_path / "separate", experts="separate")
+    expected = {rf"layers\.1\.mixer\.experts\.\d+\.{projection}": 3 for projection in ("up_proj", "down_proj")}
+    assert expected.items() <= settings(tmp_path / "separate")["rank_pattern"].items()
+    convert_adapter(tmp_path / "separate", tmp_path / "again")
+    assert relative_difference(logits(base, tmp_path / "again"), logits(base, adapter)) <= 1e-6
+
+
 @pytest.mark.parametrize("projection", ["up_proj", "down_proj"])
 def test_one_adapted_parameter_has_the_one_wrapper(projection, base, tmp_path):
     adapter = make_adapter(
@@ -254,6 +263,9 @@ def test_ways_of_choosing_modules_stay_the_same_choice(options, base, tmp_path):
     experts = "separate" if options.get("target_parameters", BOTH) == BOTH else "stacked"
     convert_adapter(adapter, tmp_path / "away", prefix="backbone", experts=experts)
     convert_adapter(tmp_path / "away", tmp_path / "back")
+    # PEFT would take an expert's number for a layer's.
+    assert experts == "stacked" or settings(tmp_path / "away")["layers_to_transform"] is None
+    assert experts == "stacked" or settings(tmp_path / "away")["exclude_modules"] is None
     assert weights(tmp_path / "back").keys() == weights(adapter).keys()
     assert relative_difference(logits(base, tmp_path / "back"), expected) <= 1e-6
     convert_adapter(adapter, tmp_path / "renamed", prefix="backbone")
@@ -274,6 +286,8 @@ def test_config_keeps_what_is_not_about_names(base, tmp_path):
     edit(tmp_path / "separate", lora_dropout=0.1)
     stacked = adapters.conversion(tmp_path / "separate")
     assert any("lora_dropout" in remark for remark in stacked.remarks)
+    convert_adapter(tmp_path / "separate", tmp_path / "again")
+    assert relative_difference(logits(base, tmp_path / "again"), logits(base, adapter)) <= 1e-6
 
 
 def refused(source, dest, *words, **options):
@@ -319,6 +333,8 @@ def test_a_table_that_does_not_hold_names_the_tensor_and_writes_nothing(base, tm
         folder = broken(lambda tensors, name=name: {**tensors, name: torch.zeros(2, 32)}, source)
         refused(folder, dest, name, base=base)
     refused(broken(lambda tensors: {**tensors, "stray": torch.zeros(1)}), dest, "stray")
+    untargeted = {f"{layer}.0.mixer.z_proj.lora_{letter}.weight": torch.zeros(2, 2) for letter in "AB"}
+    refused(broken(lambda tensors: {**tensors, **untargeted}), dest, f"{layer}.0.mixer.z_proj.lora_A.weight")
     twice = {
         f"{layer}.0.mixer.in_proj.lora_B.weight".replace("model.model.model", "model.model.backbone"): torch.zeros(
             166, 2

@@ -330,21 +330,21 @@ def test_a_table_that_does_not_hold_names_the_tensor_and_writes_nothing(tmp_path
     assert not (tmp_path / "theirs").exists()
 
 
-@pytest.mark.parametrize("kept", [0.5, 0.9, 0.02])
-def test_a_file_cut_short_names_the_first_tensor_that_is_gone(kept, tmp_path):
-    config, weights = theirs(layers=2)
-    whole = store(tmp_path / "theirs", config, weights) / "pytorch_model.bin"
-    size = int(whole.stat().st_size * kept)
-    with zipfile.ZipFile(whole) as archive:
-        records = [r for r in archive.infolist() if "/data/" in r.filename]
-    records.sort(key=lambda record: record.header_offset)
-    # The first record that ends past the cut; their order is that of the state dict.
-    ends = [following.header_offset for following in records[1:]] + [whole.stat().st_size]
-    gone = next(name for name, end in zip(weights, ends, strict=False) if end > size)
-    with open(whole, "r+b") as file:
-        file.truncate(size)
-    words = [gone] if kept > 0.1 else ["cannot be read"]
-    refused(tmp_path / "theirs", tmp_path / "ours", "pytorch_model.bin", *words)
+def test_a_file_cut_short_names_the_first_tensor_that_is_gone(tmp_path):
+    config, weights = theirs(layers=2, attention=[1])
+    folder = store(tmp_path / "theirs", config, weights)
+    whole = (folder / "pytorch_model.bin").read_bytes()
+    with zipfile.ZipFile(folder / "pytorch_model.bin") as archive:
+        records = [record for record in archive.infolist() if "/data/" in record.filename]
+    names = [name for name in weights if name != "lm_head.weight"]  # in the embeddings' storage
+    for name, record in zip(names, records, strict=True):
+        start = record.header_offset + 30 + sum(struct.unpack("<HH", whole[record.header_offset + 26 :][:4]))
+        for size in (start + record.file_size - 1, start, record.header_offset + 3):
+            (folder / "pytorch_model.bin").write_bytes(whole[:size])
+            refused(folder, tmp_path / "ours", "pytorch_model.bin", f"from the tensor {name} on")
+    for size in (0, 10, 100, len(whole) - 30):  # in the list of names, and in that of the records
+        (folder / "pytorch_model.bin").write_bytes(whole[:size])
+        refused(folder, tmp_path / "ours", "pytorch_model.bin", "cannot be read")
 
 
 def test_an_interrupted_run_leaves_nothing_under_the_name_and_a_rerun_completes(tmp_path, monkeypatch):
