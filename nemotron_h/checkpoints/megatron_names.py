@@ -652,8 +652,8 @@ def load(path: Path, mmap: bool = False) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=PickleModule, mmap=mmap)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        lost = names_of_cut(path)
-        lost = f", and with it {lost[0]} and {len(lost) - 1} other tensors" if lost else ""
+        names = names_of_cut(path)
+        lost = f", and with it {names[0]} and {len(names) - 1} other tensors" if names else ""
         raise ValueError(f"{path} cannot be read{lost}: fetch or write it again.") from error
 
 
