@@ -48,6 +48,13 @@ def twin(monkeypatch):
     SAID.clear()
 
 
+@pytest.mark.parametrize("command", ["convert", "verify", "doctor"])
+def test_help_has_an_example(cli, command):
+    text = cli(command, "--help").stdout
+    assert f"Example: nemotron-h {command}" in text and "--json" in text
+    assert command in cli("--help").stdout
+
+
 def test_written(twin, cli, cli_json, base_model, tmp_path):
     text = cli("convert", base_model, str(tmp_path / "dest"), "--to", "twin", "--tensor-parallel", "2").stdout
     assert f"{tmp_path / 'dest'} is written: huggingface -> twin" in text
