@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends
-from .blocks import BLOCK, in_blocks
+from . import backends, native
+from .blocks import BLOCK, in_blocks, wants_gradient
 from .documents import document_index
 from .precision import compute_dtype
 
@@ -81,6 +81,9 @@ def causal_conv(
         )
     if kernel is not None:
         y_BLC = kernel(seen_BEC, weight_CK, bias_C, activation, doc_BE)
+    elif act is F.silu and doc_BE is None and _native_serves(x_BLC, window_BWC, weight_CK, bias_C):
+        bias = x_BLC.new_zeros(channels, dtype=torch.float32) if bias_C is None else bias_C.float()
+        y_BLC = native.causal_conv(x_BLC, weight_CK.float().t().contiguous(), bias, window_BWC.contiguous())
     elif blocks:
         y_BLC = _taps_in_blocks(window_BWC, x_BLC, weight_CK, bias_C, act, doc_BE)
     else:
@@ -100,6 +103,18 @@ def causal_conv(
         new_BWC = new_BWC.masked_fill(new_doc_BW.ne(last_doc_B1)[..., None], 0)
     # A copy, not a view: a view would keep the whole sequence alive in the cache.
     return y_BLC, new_BWC.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+
+
+def _native_serves(x_BLC: Tensor, window_BWC: Tensor, weight_CK: Tensor, bias_C: Tensor | None) -> bool:
+    return (
+        x_BLC.dtype in (torch.float32, torch.bfloat16)
+        and x_BLC.dtype == weight_CK.dtype == (bias_C if bias_C is not None else weight_CK).dtype
+        and x_BLC.numel() > 0
+        and weight_CK.shape[1] <= native.MOST_TAPS
+        and native.serves_rows(x_BLC)
+        and not wants_gradient(x_BLC, window_BWC)
+        and native.serves(weight_CK, bias_C)
+    )
 
 
 def _activation(activation: Activation) -> Callable[[Tensor], Tensor] | None:

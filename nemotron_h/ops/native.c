@@ -1,8 +1,9 @@
-/* Decoding on a CPU: what a token costs beyond reading the weights once. Built by native.py where a C compiler is found;
+/* What a CPU does in torch with several passes over memory, in one. A token costs little beyond reading the weights once. Built by native.py where a C compiler is found;
  * everything here has a torch implementation that computes the same.
  *
  * linear      y = W x for few rows of x: the weights are read from memory once, however many rows there are
- * rms_norm    the norm before every mixer
+ * rms_norm    the norm before every mixer; gated_rms_norm, the one at a Mamba-2 mixer's end
+ * causal_conv the convolution of a Mamba-2 mixer, of any number of positions
  * mamba_step  a Mamba-2 mixer between its two projections, for one token, states updated in place
  * attend      grouped-query attention of one query position over keys and values, both read once
  * blocks      several layers one after the other, for one token: where a model is small, each call from outside counts
@@ -57,6 +58,45 @@ INLINE void store(void *y, int type, int64_t i, float value) {
 
 INLINE float total(v8f v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 INLINE v8f splat(float s) { return (v8f){s, s, s, s, s, s, s, s}; }
+
+/* Eight numbers at any address. */
+typedef uint16_t v8h __attribute__((vector_size(16), aligned(2), may_alias));
+typedef uint32_t v8w __attribute__((vector_size(32)));
+
+INLINE v8f load8(const void *x, int type, int64_t i) {
+    if (type == F32) return *(const v8f *)((const float *)x + i);
+    return (v8f)(__builtin_convertvector(*(const v8h *)((const uint16_t *)x + i), v8w) << 16);
+}
+
+INLINE void store8(void *y, int type, int64_t i, v8f value) {
+    if (type == F32) {
+        *(v8f *)((float *)y + i) = value;
+        return;
+    }
+    const v8w bits = (v8w)value, nan = (v8w)(value != value);
+    const v8w rounded = ((bits + 0x7fff + ((bits >> 16) & 1)) & ~nan) | ((bits | (64 << 16)) & nan);
+    *(v8h *)((uint16_t *)y + i) = __builtin_convertvector(rounded >> 16, v8h);
+}
+
+/* e^x to 2 units in the last place; beyond -87 and 88 as for those; NaN stays. */
+INLINE v8f exponential(v8f x) {
+    const v8i low = (v8i)(x < splat(-87)), high = (v8i)(x > splat(88));
+    x = (v8f)(((v8i)splat(-87) & low) | ((v8i)splat(88) & high) | ((v8i)x & ~(low | high)));
+    const v8f shifted = x * splat(1.44269504f) + splat(12582912); /* 1.5 * 2^23: the integer is in the low bits */
+    const v8f n = shifted - splat(12582912), r = (x - n * splat(0.693359375f)) + n * splat(2.12194440e-4f);
+    v8f e = splat(1.9875691500e-4f);
+    e = e * r + splat(1.3981999507e-3f);
+    e = e * r + splat(8.3334519073e-3f);
+    e = e * r + splat(4.1665795894e-2f);
+    e = e * r + splat(1.6666665459e-1f);
+    e = e * r + splat(5.0000001201e-1f);
+    e = e * r * r + r + splat(1);
+    return e * (v8f)(((v8i)shifted - 0x4b400000 + 127) << 23);
+}
+
+INLINE float silu(float x) { return x / (1 + expf(-x)); }
+INLINE v8f silu8(v8f x) { return x / (splat(1) + exponential(-x)); }
+
 /* ---------------------------------------------------------------------------------------------------------- linear */
 
 /* Eight sums of two products each, of sixteen signed 16-bit numbers. */
@@ -309,22 +349,96 @@ int nh_linear(int wtype, int xtype, const void *weight, const void *scale, const
 
 /* y (M, D) = weight x / sqrt(mean(x^2) + eps), all of one type. */
 int nh_rms_norm(int type, const void *x, const void *weight, void *y, int64_t M, int64_t D, float eps) {
+#pragma omp parallel for if (M * D > WORTH_THREADS / 8)
     for (int64_t m = 0; m < M; m++) {
-        float squares = 0;
-#pragma omp simd reduction(+ : squares)
-        for (int64_t i = 0; i < D; i++) {
-            const float value = load(x, type, m * D + i);
-            squares += value * value;
+        const int64_t from = m * D;
+        v8f sums = splat(0);
+        int64_t i = 0;
+        for (; i + 8 <= D; i += 8) {
+            const v8f value = load8(x, type, from + i);
+            sums += value * value;
         }
+        float squares = total(sums);
+        for (; i < D; i++) squares += load(x, type, from + i) * load(x, type, from + i);
         const float norm = 1 / sqrtf(squares / D + eps);
-        for (int64_t i = 0; i < D; i++) store(y, type, m * D + i, load(weight, type, i) * (load(x, type, m * D + i) * norm));
+        for (i = 0; i + 8 <= D; i += 8) store8(y, type, from + i, load8(weight, type, i) * (load8(x, type, from + i) * splat(norm)));
+        for (; i < D; i++) store(y, type, from + i, load(weight, type, i) * (load(x, type, from + i) * norm));
+    }
+    return 0;
+}
+
+/* out (M, D) = weight RMSNorm(y silu(z)), each of `groups` parts of D by itself; rows of z lie `z_row` numbers apart. */
+int nh_gated_rms_norm(int type, const void *y, const void *z, int64_t z_row, const void *weight, void *out, int64_t M, int64_t D,
+                      int64_t groups, float eps) {
+    const int64_t span = D / groups, together = 16, tasks = (M + together - 1) / together;
+    int failed = 0;
+#pragma omp parallel for if (M * D > WORTH_THREADS / 8) reduction(| : failed)
+    for (int64_t task = 0; task < tasks; task++) {
+        const int64_t end = (task + 1) * together < M ? (task + 1) * together : M;
+        float *u = malloc(sizeof(float) * span);
+        failed |= !u;
+        for (int64_t m = task * together; u && m < end; m++)
+            for (int64_t from = 0; from < D; from += span) {
+                const int64_t at = m * D + from, gate = m * z_row + from;
+                v8f sums = splat(0);
+                int64_t i = 0;
+                for (; i + 8 <= span; i += 8) {
+                    const v8f value = load8(y, type, at + i) * silu8(load8(z, type, gate + i));
+                    *(v8f *)(u + i) = value;
+                    sums += value * value;
+                }
+                float squares = total(sums);
+                for (; i < span; i++) {
+                    u[i] = load(y, type, at + i) * silu(load(z, type, gate + i));
+                    squares += u[i] * u[i];
+                }
+                const float norm = 1 / sqrtf(squares / span + eps);
+                for (i = 0; i + 8 <= span; i += 8)
+                    store8(out, type, at + i, load8(weight, type, from + i) * (*(v8f *)(u + i) * splat(norm)));
+                for (; i < span; i++) store(out, type, at + i, load(weight, type, from + i) * (u[i] * norm));
+            }
+        free(u);
+    }
+    return failed;
+}
+
+/* ------------------------------------------------------------------------------------------------------ causal_conv */
+
+/* y (B, L, C) = silu(bias + sum_k weight[k] x[l - W + k]), x before position 0 the window's (B, W, C), W = K - 1. Rows of x
+ * lie `x_row` numbers apart, its batch rows `x_batch`; weight (K, C) and bias (C) are float32. A thread takes a stretch of
+ * positions of a few hundred channels: what it reads again is in the first cache. */
+int nh_causal_conv(int type, const void *x, int64_t x_batch, int64_t x_row, const void *window, const float *weight,
+                   const float *bias, void *y, int64_t B, int64_t L, int64_t C, int64_t K) {
+    const int64_t W = K - 1, wide = 512, longs = 128, across = (C + wide - 1) / wide, along = (L + longs - 1) / longs;
+    const int64_t bytes = type == BF16 ? 2 : 4;
+#pragma omp parallel for schedule(dynamic, 4) if (B * L * C > WORTH_THREADS / 8)
+    for (int64_t task = 0; task < B * along * across; task++) {
+        const int64_t c0 = task % across * wide, c1 = c0 + wide < C ? c0 + wide : C;
+        const int64_t l0 = task / across % along * longs, l1 = l0 + longs < L ? l0 + longs : L, b = task / across / along;
+        for (int64_t l = l0; l < l1; l++) {
+            const char *row[8];
+            for (int64_t k = 0; k < K; k++) {
+                const int64_t at = l - W + k;
+                row[k] = at >= 0 ? (const char *)x + bytes * (b * x_batch + at * x_row)
+                                 : (const char *)window + bytes * ((b * W + at + W) * C);
+            }
+            int64_t c = c0;
+            for (; c + 8 <= c1; c += 8) {
+                v8f sum = *(const v8f *)(bias + c);
+                for (int64_t k = 0; k < K; k++) sum += load8(row[k], type, c) * *(const v8f *)(weight + k * C + c);
+                store8(y, type, (b * L + l) * C + c, silu8(sum));
+            }
+            for (; c < c1; c++) {
+                float sum = bias[c];
+                for (int64_t k = 0; k < K; k++) sum += load(row[k], type, c) * weight[k * C + c];
+                store(y, type, (b * L + l) * C + c, silu(sum));
+            }
+        }
     }
     return 0;
 }
 
 /* ------------------------------------------------------------------------------------------------------ mamba_step */
-
-INLINE float silu(float x) { return x / (1 + expf(-x)); }
 
 typedef struct {
     int64_t heads, head_dim, groups, state, width; /* width: convolution kernel - 1 */
@@ -403,22 +517,6 @@ INLINE void unpack(const void *from, int type, int64_t Q, float *to) {
         *(v8f *)(to + k) = (v8f)(pair << 16);
         *(v8f *)(to + k + 8) = (v8f)(pair & 0xffff0000u);
     }
-}
-
-/* e^x for x <= 0 (or NaN), to 2 units in the last place; below -87 as for -87, 1.6e-38. */
-INLINE v8f exp_below_zero(v8f x) {
-    const v8i low = (v8i)(x < splat(-87));
-    x = (v8f)(((v8i)splat(-87) & low) | ((v8i)x & ~low));
-    const v8f shifted = x * splat(1.44269504f) + splat(12582912); /* 1.5 * 2^23: the integer is in the low bits */
-    const v8f n = shifted - splat(12582912), r = (x - n * splat(0.693359375f)) + n * splat(2.12194440e-4f);
-    v8f e = splat(1.9875691500e-4f);
-    e = e * r + splat(1.3981999507e-3f);
-    e = e * r + splat(8.3334519073e-3f);
-    e = e * r + splat(4.1665795894e-2f);
-    e = e * r + splat(1.6666665459e-1f);
-    e = e * r + splat(5.0000001201e-1f);
-    e = e * r * r + r + splat(1);
-    return e * (v8f)(((v8i)shifted - 0x4b400000 + 127) << 23);
 }
 
 /* Keys and values that are worked on at a time: as float32 they stay in the first cache. */
@@ -500,7 +598,7 @@ int nh_attend(int type, const void *q, const void *k, const void *v, void *y, in
                 for (int64_t t = count; t < SPAN; t++) weight[r][t] = largest;
                 for (int t = 0; t < SPAN; t += 8) {
                     v8f *eight = (v8f *)(weight[r] + t);
-                    *eight = exp_below_zero(*eight - splat(largest));
+                    *eight = exponential(*eight - splat(largest));
                 }
                 for (int64_t t = 0; t < count; t++) sum[r] += weight[r][t];
             }

@@ -160,6 +160,8 @@ def _built() -> tuple[ctypes.CDLL | None, str]:
     native.nh_linear.argtypes = [number, number, *[address] * 4, *[size] * 3, address]
     native.nh_mamba_step.argtypes = [number, Mamba, size, *[address] * 10]
     native.nh_rms_norm.argtypes = [number, *[address] * 3, size, size, ctypes.c_float]
+    native.nh_gated_rms_norm.argtypes = [number, address, address, size, address, address, *[size] * 3, ctypes.c_float]
+    native.nh_causal_conv.argtypes = [number, address, size, size, *[address] * 4, *[size] * 4]
     native.nh_attend.argtypes = [number, *[address] * 4, *[size] * 9, ctypes.c_float]
     native.nh_blocks.argtypes = [number, address, size, size, size, address]
     return native, f"native.c, built with {Path(compiler).name}"
@@ -247,6 +249,11 @@ def serves(*tensors: Tensor | None) -> bool:
     )
 
 
+def serves_rows(x: Tensor) -> bool:
+    """Whether C may read a tensor whose rows may lie apart; the rest of `serves` is asked of what goes with it."""
+    return type(x) is Tensor and x.is_cpu and x.layout is torch.strided and x.stride(-1) == 1 and not x.is_neg()
+
+
 def linear(x_MK: Tensor, weight: Tensor, scale: Tensor | None = None, experts_M: Tensor | None = None) -> Tensor:
     """x W^T for few rows: (M, N) in x's dtype. Sums in float32.
 
@@ -287,6 +294,43 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         _TYPES[x.dtype], x.data_ptr(), weight_D.data_ptr(), y.data_ptr(), x.numel() // width, width, eps
     )
     return y
+
+
+def gated_rms_norm(y_RD: Tensor, z_RD: Tensor, weight_D: Tensor, eps: float, groups: int) -> Tensor:
+    """`weight * RMSNorm(y * silu(z))` in groups: (R, D). y contiguous, the rows of z apart or not; all of one dtype."""
+    rows, width = y_RD.shape
+    out_RD = torch.empty_like(y_RD)
+    native: Any = (_loaded or _library())[0]
+    addresses = y_RD.data_ptr(), z_RD.data_ptr(), z_RD.stride(0), weight_D.data_ptr(), out_RD.data_ptr()
+    if native.nh_gated_rms_norm(_TYPES[y_RD.dtype], *addresses, rows, width, groups, eps):
+        raise MemoryError(f"No memory for groups of {width // groups}.")
+    return out_RD
+
+
+MOST_TAPS = 8  # of causal_conv
+
+
+def causal_conv(x_BLC: Tensor, weight_KC: Tensor, bias_C: Tensor, window_BWC: Tensor) -> Tensor:
+    """silu of the convolution: (B, L, C). x and the window have one dtype; x's channels lie one after the other, its
+    rows apart or not; weight and bias are float32; at most `MOST_TAPS` taps."""
+    batch, length, channels = x_BLC.shape
+    y_BLC = x_BLC.new_empty(x_BLC.shape)
+    native: Any = (_loaded or _library())[0]
+    native.nh_causal_conv(
+        _TYPES[x_BLC.dtype],
+        x_BLC.data_ptr(),
+        x_BLC.stride(0),
+        x_BLC.stride(1),
+        window_BWC.data_ptr(),
+        weight_KC.data_ptr(),
+        bias_C.data_ptr(),
+        y_BLC.data_ptr(),
+        batch,
+        length,
+        channels,
+        weight_KC.shape[0],
+    )
+    return y_BLC
 
 
 def mamba_step(

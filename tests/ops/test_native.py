@@ -161,6 +161,86 @@ def test_a_norm_of_a_few_rows(generator, monkeypatch, dtype, on):
     assert ops.rms_norm(leaf, torch.ones(8, dtype=dtype), 1e-5).requires_grad and len(calls) == before
 
 
+BOUND = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """native.c on; the list grows with every call of the function that is named."""
+    monkeypatch.delenv(native.ENVIRONMENT_VARIABLE, raising=False)
+
+    def count(name):
+        calls, function = [], getattr(native, name)
+        monkeypatch.setattr(native, name, lambda *args: calls.append(1) or function(*args))
+        return calls
+
+    return count
+
+
+@needs_library
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("times", [1.0, 40.0], ids=["small", "where exp ends"])
+def test_convolution(generator, counted, dtype, times):
+    """Lengths around a thread's stretch of 128, channels around its 512 and the 8 of a vector, x a slice of more."""
+    calls = counted("causal_conv")
+    shapes = list(itertools.product((1, 2, 127, 129, 300), (1, 7, 24, 520), (1, 2, 4), (True, False)))
+    for length, channels, kernel, begun in shapes:
+        x = (random(generator, 2, length, channels + 3, dtype=dtype) * times)[..., 2:-1]
+        weight, bias = random(generator, channels, kernel, dtype=dtype), random(generator, channels, dtype=dtype)
+        window = random(generator, 2, channels, kernel - 1, dtype=dtype) if begun else None
+        exact = None if window is None else window.double()
+        y, left = ops.causal_conv(x, weight, bias if begun else None, window_BCW=window)
+        bias = bias.double() if begun else None
+        expected, after = reference.causal_conv(x.double(), weight.double(), bias, window_BCW=exact)
+        assert y.dtype == dtype and error(y, expected) <= BOUND[dtype], (length, channels, kernel)
+        assert torch.equal(left.double(), after)
+    assert len(calls) == len(shapes)
+
+
+@needs_library
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("times", [1.0, 40.0], ids=["small", "where exp ends"])
+def test_gated_norm(generator, counted, dtype, times):
+    calls = counted("gated_rms_norm")
+    shapes = list(itertools.product(((1,), (17,), (2, 5), (33, 1)), (1, 2, 8), (1, 7, 8, 37)))
+    for shape, groups, span in shapes:
+        size = groups * span
+        y, weight = random(generator, *shape, size, dtype=dtype), random(generator, size, dtype=dtype)
+        z = (random(generator, *shape, size + 3, dtype=dtype) * times)[..., 1:-2]
+        out = ops.gated_rms_norm(y, z, weight, 1e-5, groups)
+        expected = reference.gated_rms_norm(y.double(), z.double(), weight.double(), 1e-5, groups)
+        assert out.dtype == dtype and error(out, expected) <= BOUND[dtype] * (3 if times > 1 else 1), (
+            shape,
+            groups,
+            span,
+        )
+    assert len(calls) == len(shapes)
+    rows_unevenly_apart = random(generator, 2, 9, 8, dtype=dtype)[:, 2:]
+    ops.gated_rms_norm(
+        random(generator, 2, 7, 8, dtype=dtype), rows_unevenly_apart, torch.ones(8, dtype=dtype), 1e-5, 2
+    )
+    assert len(calls) == len(shapes)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_convolution_and_norm_keep_what_is_not_a_number(generator, dtype, value):
+    """As torch has it: silu(-inf) is NaN there too, and a norm over an infinity."""
+    x, weight = random(generator, 1, 9, 16, dtype=dtype), random(generator, 16, 4, dtype=dtype).abs()
+    x[0, 4, 11] = value
+    y, _ = ops.causal_conv(x, weight, None)
+    wrong = torch.zeros(9, 16, dtype=torch.bool)
+    wrong[4:8, 11] = True
+    # minus infinity: e^88 ends before it, so -0 where torch says NaN
+    assert torch.equal(~y[0].isfinite(), wrong) or value == -float("inf")
+    assert y[0][~wrong].isfinite().all()
+    out = ops.gated_rms_norm(x, torch.ones_like(x), torch.ones(16, dtype=dtype), 1e-5, 2)
+    assert not out[0, 4, 11].isfinite() and out[0, 4, :8].isfinite().all() and out[0, [0, 8]].isfinite().all()
+
+
 @needs_library
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
