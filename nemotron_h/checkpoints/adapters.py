@@ -248,7 +248,8 @@ class _Table:
             parameter = f"{group}.{projection}"
             rank, alpha = self._scaling(parameter)
             a, b = self._given(A), self._given(B)
-            count = self.source.base.n_routed_experts if self.source.base else a[0] // rank
+            # Either of the two may be missing.
+            count = self.source.base.n_routed_experts if self.source.base else (a[0] or b[-1]) // rank
             outputs, inputs = self._expert_shape(parameter) or (b[0], a[-1])
             old = Version(str(self.fields.get("peft_version") or "0.18")) < Version(_UNTRANSPOSED)
             if self.shapes is not None:

@@ -38,7 +38,7 @@ from . import published
 from .tensors import Entry, Plan, SafetensorsFolder, Shape, Spec, Tensors
 from .writing import SHARD_BYTES, Conversion, Done, copy_companions, tensor_bytes, whole, write_safetensors
 
-OPTIONS: dict[str, str] = {}
+OPTIONS = {"shard_bytes": "the largest size of a file of the Hugging Face folder, in bytes"}
 WEIGHTS = "pytorch_model.bin"
 EPSILON = 1e-5
 """Of every norm there; no config can say another."""
