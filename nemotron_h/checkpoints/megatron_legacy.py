@@ -275,7 +275,7 @@ def _rank_entries(
             sources = {published: shapes[published] for published in weight.of}
 
             def make(*published: Tensor, weight: Weight = weight, rank: int = rank, parts: int = parts) -> Tensor:
-                return cut(weight, to_whole(weight, config, *published), rank if parts > 1 else 0, parts)
+                return cut(weight, to_whole(weight, config, *published), rank, parts)
 
             name = f"mp_rank_{rank:02d}/{weight.names[spelled if weight.expert else 0]}"
             yield Entry(name, common_spec(source, sources, rank_shape(weight, parts)), sources, make)

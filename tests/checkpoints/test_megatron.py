@@ -235,7 +235,11 @@ def test_torch_reads_a_distributed_checkpoint_as_the_oracle_has_it(model, tmp_pa
         ".metadata", "common.pt", "metadata.json"
     ]  # fmt: skip
     expected = oracle_dist(config, tensors, experts)
-    assert dcp.FileSystemReader(inner).read_metadata().state_dict_metadata.keys() == expected.keys()
+    index = dcp.FileSystemReader(inner).read_metadata()
+    assert index.state_dict_metadata.keys() == expected.keys()
+    for where, info in index.storage_data.items():  # nothing but the tensor, or its one expert, and the zip around it
+        experts_in_it = len(expected[where.fqn]) if len(where.offset) == 3 and "experts.linear" in where.fqn else 1
+        assert info.length < expected[where.fqn].nbytes / experts_in_it + 2500, where
     found = {name: torch.full_like(tensor, float("nan")) for name, tensor in expected.items()}
     dcp.load(found, checkpoint_id=inner, no_dist=True)
     same(found, expected)
@@ -414,13 +418,13 @@ def test_a_distributed_checkpoint_in_pieces_is_read(tmp_path, monkeypatch):
     same(load_file(tmp_path / "back" / "model.safetensors"), tensors)
 
 
-@pytest.mark.parametrize("spelling", ["local_experts.{i}.{linear}.weight", "{linear}.weight{i}"])
+@pytest.mark.parametrize("spelling", ["local_experts.{i}.{linear}.weight", "{linear}.weight{i}", "all in one piece"])
 def test_a_checkpoint_that_torch_saves_is_read_with_a_prefix_and_any_spelling_of_experts(tmp_path, spelling):
     config = config_of("moe")
     tensors = random_tensors(config)
     state = {}
     for name, tensor in oracle_dist(config, tensors).items():
-        if ".experts.experts." in name:
+        if ".experts.experts." in name and spelling != "all in one piece":
             base, linear = name.removesuffix(".weight").split("experts.experts.")
             for i, expert in enumerate(tensor):
                 state[f"model.{base}experts." + spelling.format(i=i, linear=linear)] = expert.clone()
@@ -512,6 +516,11 @@ def test_files_that_are_cut_short_or_gone_are_named(broken, tmp_path):
         refused(broken, tmp_path, r"__0_0\.distcp, which has the tensor \S+\.weight\S*, is cut short: fetch or write")
         files[-1].unlink()
         refused(broken, tmp_path, r"__0_0\.distcp, which has the tensor \S+, is not there")
+        broken()
+        index = dcp.FileSystemReader(folder).read_metadata()
+        index.state_dict_metadata["decoder.final_norm.weight"].chunks.clear()
+        (folder / ".metadata").write_bytes(pickle.dumps(index))
+        refused(broken, tmp_path, r"has only a part of the tensor decoder\.final_norm\.weight")
         (folder / ".metadata").write_bytes((folder / ".metadata").read_bytes()[:200])
         refused(broken, tmp_path, r"\.metadata cannot be read")
     else:
