@@ -111,6 +111,8 @@ _EXPERT = re.compile(r"(.*mixer\.experts)\.\d+\.(.*)")
 # Always in float32, as llama.cpp's converter keeps them; all that is no .weight as well.
 _FLOAT32 = ("norm.weight", "ssm_conv1d.weight", "ffn_gate_inp.weight")
 
+_ELEMENTS = 8 << 20  # at a time: what is widened or quantised is small beside the tensor
+
 _CONFIG, _DTYPES = "huggingface.config", "huggingface.dtypes"
 _COMPANIONS = {"huggingface.generation_config": "generation_config.json"}
 
@@ -246,8 +248,6 @@ class _Stored(Entry):
     encode: Callable[[Tensor], Tensor] = lambda part: part
     heads: int = 0
 
-    _ROWS = 32 << 20  # elements at a time: what is widened or quantised is small beside the tensor
-
     def pieces(self, source: Tensors) -> Iterator[Tensor]:
         """The value from its first row to its last, one expert at a time, and of that a few rows."""
         if not self.sources:
@@ -257,7 +257,7 @@ class _Stored(Entry):
             if self.heads:
                 part = _halves_interleaved(part, self.heads)
             part = part.reshape(-1, part.shape[-1])
-            for some in part.split(max(1, self._ROWS // part.shape[-1])):
+            for some in part.split(max(1, _ELEMENTS // part.shape[-1])):
                 yield self.encode(some)
 
     def read(self, source: Tensors) -> Tensor:
@@ -613,12 +613,17 @@ class GGUFFile:
         if index is not None:
             shape, count = shape[1:], count // shape[0]
             offset += index * count
-        data = np.fromfile(file, np.uint8, count, offset=offset)
         kind = tensor.tensor_type
         if kind.name in _TORCH:
+            data = np.fromfile(file, np.uint8, count, offset=offset)
             return torch.from_numpy(data).view(_TORCH[kind.name]).reshape(shape)
-        rows = data.reshape(-1, count // math.prod(shape[:-1]))
-        return torch.from_numpy(self._gguf.quants.dequantize(rows, kind)).reshape(shape)
+        value = torch.empty(math.prod(shape[:-1]), shape[-1])
+        width, some = count // len(value), max(1, _ELEMENTS // shape[-1])
+        for start in range(0, len(value), some):
+            rows = min(some, len(value) - start)
+            data = np.fromfile(file, np.uint8, rows * width, offset=offset + start * width).reshape(rows, width)
+            value[start : start + rows] = torch.from_numpy(self._gguf.quants.dequantize(data, kind))
+        return value.reshape(shape)
 
 
 class _Cut(Exception):
