@@ -273,6 +273,15 @@ def test_a_bfloat16_model_comes_back_bit_for_bit(tmp_path, outtype):
     assert NemotronHConfig.from_pretrained(tmp_path / "back").dtype == torch.bfloat16
 
 
+def test_a_log_of_bfloat16_values_is_exact_in_any_file():
+    """Also where nothing says that they were bfloat16, and where A was made in float32 as llama.cpp's converter does."""
+    a_log = torch.linspace(-3, 3, 97).bfloat16().float()
+    assert torch.equal(gguf._a_log(-a_log.exp()), a_log)
+    assert torch.equal(gguf._a_log(-a_log.double().exp().float()), a_log)
+    other = torch.linspace(-3, 3, 97) + 1e-4
+    assert ((gguf._a_log(-other.double().exp().float()) - other).abs() <= 2.0**-23 * other.abs().clamp_min(1)).all()
+
+
 def test_dtype_of_the_folder(folders, tmp_path):
     back = read_back(write(folders("dense"), tmp_path / "q.gguf", outtype="q8_0"), tmp_path / "b", dtype="bfloat16")
     assert back["lm_head.weight"].dtype == back["backbone.norm_f.weight"].dtype == torch.bfloat16
