@@ -38,11 +38,18 @@ _MODELS = (*_AUTO, "NemotronHPreTrainedModel")
 
 
 def _register_models() -> None:
+    import transformers
+
     from . import modeling
     from . import quantization as quantization  # registers the method
 
     for name, auto in _AUTO.items():
         auto.register(NemotronHConfig, getattr(modeling, name), exist_ok=True)
+    # TRL and `transformers serve` look up the name in config.architectures in `transformers` itself; whoever wants the
+    # library's own classes finds them in transformers.models.nemotron_h.
+    for name in _MODELS:
+        setattr(transformers, name, getattr(modeling, name))
+    transformers.NemotronHConfig = NemotronHConfig
 
 
 # `exist_ok`: transformers has a class of its own under this model type, which a registered one precedes. A checkpoint's
