@@ -8,6 +8,7 @@ Shape suffixes: B batch, L length, C channels, K kernel, W = K - 1 window.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from . import backends, native
 from .blocks import BLOCK, in_blocks, wants_gradient
 from .documents import document_index
 from .precision import compute_dtype
+from .recompute import recomputes
 
 Activation = str | Callable[[Tensor], Tensor] | None
 
@@ -69,25 +71,22 @@ def causal_conv(
         x_BLC = _take(x_BLC, order_BL)
         doc_BL = None if doc_BL is None else doc_BL.gather(1, order_BL)
 
-    blocks = in_blocks(length, x_BLC, weight_CK, bias_C)
-    # In blocks and without pads only the last inputs of all are needed beside x.
-    recent = width if blocks and mask_BL is None else length
-    seen_BEC = torch.cat([window_BWC, x_BLC[:, length - min(recent, length) :]], dim=1)
     doc_BE = None if doc_BL is None else torch.cat([doc_BL[:, :1].expand(-1, width), doc_BL], dim=1)
     kernel = None
     if backends.serves(x_BLC):
         kernel = backends.kernel_for(
             "causal_conv", x_BLC, kernel_size=width + 1, channels=channels, activation=activation
         )
+    # Without a kernel and without pads only the last inputs of all are needed beside x.
+    whole = kernel is not None or mask_BL is not None or torch.compiler.is_compiling()
+    recent = length if whole else width
+    seen_BEC = torch.cat([window_BWC, x_BLC[:, length - min(recent, length) :]], dim=1)
     if kernel is not None:
         y_BLC = kernel(seen_BEC, weight_CK, bias_C, activation, doc_BE)
-    elif act is F.silu and doc_BE is None and _native_serves(x_BLC, window_BWC, weight_CK, bias_C):
-        bias = x_BLC.new_zeros(channels, dtype=torch.float32) if bias_C is None else bias_C.float()
-        y_BLC = native.causal_conv(x_BLC, weight_CK.float().t().contiguous(), bias, window_BWC.contiguous())
-    elif blocks:
-        y_BLC = _taps_in_blocks(window_BWC, x_BLC, weight_CK, bias_C, act, doc_BE)
+    elif (act is None or act is F.silu) and recomputes(x_BLC, window_BWC, weight_CK, bias_C):
+        y_BLC = _Convolution.apply(window_BWC, x_BLC, weight_CK, bias_C, act, doc_BE)
     else:
-        y_BLC = _taps(seen_BEC, weight_CK, bias_C, act, doc_BE)
+        y_BLC = _convolve(window_BWC, x_BLC, weight_CK, bias_C, act, doc_BE)
 
     if mask_BL is None:
         new_BWC = seen_BEC[:, seen_BEC.shape[1] - width :]
@@ -103,6 +102,23 @@ def causal_conv(
         new_BWC = new_BWC.masked_fill(new_doc_BW.ne(last_doc_B1)[..., None], 0)
     # A copy, not a view: a view would keep the whole sequence alive in the cache.
     return y_BLC, new_BWC.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+
+
+def _convolve(
+    window_BWC: Tensor,
+    x_BLC: Tensor,
+    weight_CK: Tensor,
+    bias_C: Tensor | None,
+    act: Callable[[Tensor], Tensor] | None,
+    doc_BE: Tensor | None,
+) -> Tensor:
+    """The convolution of rows without pads, by whatever path serves: (B, L, C)."""
+    if act is F.silu and doc_BE is None and _native_serves(x_BLC, window_BWC, weight_CK, bias_C):
+        bias = x_BLC.new_zeros(len(weight_CK), dtype=torch.float32) if bias_C is None else bias_C.float()
+        return native.causal_conv(x_BLC, weight_CK.float().t().contiguous(), bias, window_BWC.contiguous())
+    if in_blocks(x_BLC.shape[1], x_BLC, window_BWC, weight_CK, bias_C):
+        return _taps_in_blocks(window_BWC, x_BLC, weight_CK, bias_C, act, doc_BE)
+    return _taps(torch.cat([window_BWC, x_BLC], dim=1), weight_CK, bias_C, act, doc_BE)
 
 
 def _native_serves(x_BLC: Tensor, window_BWC: Tensor, weight_CK: Tensor, bias_C: Tensor | None) -> bool:
@@ -158,7 +174,10 @@ def _taps(
 
 def _tap(seen_BEC: Tensor, doc_BE: Tensor | None, k: int, start: int, length: int, kernel: int) -> Tensor:
     """What weight k meets at `length` positions, 0 where it belongs to another document; `doc_BE` begins at `start`."""
-    tap_BQC = seen_BEC[:, k : k + length]
+    return _hide(seen_BEC[:, k : k + length], doc_BE, k, start, length, kernel)
+
+
+def _hide(tap_BQC: Tensor, doc_BE: Tensor | None, k: int, start: int, length: int, kernel: int) -> Tensor:
     if doc_BE is None or k == kernel - 1:
         return tap_BQC
     here, own = (doc_BE[:, start + shift : start + shift + length] for shift in (k, kernel - 1))
@@ -197,3 +216,75 @@ def _taps_in_blocks(
             total.addcmul_(_tap(seen_BEC, doc_BE, k, start, rows, kernel), weight_KC[k])
         y_BLC[:, start:stop] = F.silu(total, inplace=True) if act is F.silu else total if act is None else act(total)
     return y_BLC
+
+
+class _Convolution(torch.autograd.Function):
+    """`_convolve` with a backward that convolves again, a few positions at a time on a CPU.
+
+    Kept for it: the inputs. Autograd by itself keeps them in float32 and, the same size again, what the activation met.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        window_BWC: Tensor,
+        x_BLC: Tensor,
+        weight_CK: Tensor,
+        bias_C: Tensor | None,
+        act: Callable[[Tensor], Tensor] | None,
+        doc_BE: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(window_BWC, x_BLC, weight_CK, bias_C, doc_BE)
+        ctx.act = act
+        return _convolve(window_BWC, x_BLC, weight_CK, bias_C, act, doc_BE)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy_BLC: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        window_BWC, x_BLC, weight_CK, bias_C, doc_BE = ctx.saved_tensors
+        dtype, kernel = compute_dtype(x_BLC, weight_CK), weight_CK.shape[1]
+        width, (batch, length, channels) = kernel - 1, x_BLC.shape
+        weight_KC = weight_CK.to(dtype).t().contiguous()
+        trained = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        dweight_KC = torch.zeros_like(weight_KC)
+        dbias_C = torch.zeros(channels, dtype=dtype, device=x_BLC.device)
+        dseen_BEC = x_BLC.new_empty(batch, width + length, channels)  # of the window, then of x
+        step = min(BLOCK, max(length, 1)) if x_BLC.is_cpu else max(length, 1)
+        seen = torch.empty(batch, step + width, channels, dtype=dtype, device=x_BLC.device)
+        # What a block's positions give the inputs before it belongs to the block before: walked from the start, each
+        # block hands the gradient of its last `width` inputs on to the next.
+        dseen = torch.zeros_like(seen)
+        for start in range(0, length, step):
+            stop = min(start + step, length)
+            rows = stop - start
+            before = min(start, width)  # of the inputs before the block, those that are not the window's
+            seen[:, : width - before] = window_BWC[:, start : start + width - before]
+            seen[:, width - before : width + rows] = x_BLC[:, start - before : stop]
+            dsum = dy_BLC[:, start:stop].to(dtype)
+            taps = [_tap(seen, doc_BE, k, start, rows, kernel) for k in range(kernel)]
+            if ctx.act is not None:
+                total = torch.zeros_like(taps[0]) if bias_C is None else bias_C.to(dtype).expand_as(taps[0]).clone()
+                for k, tap_BQC in enumerate(taps):
+                    total.addcmul_(tap_BQC, weight_KC[k])
+                dsum = torch.ops.aten.silu_backward(dsum, total)
+            if trained:
+                dbias_C += dsum.sum((0, 1))
+            for k, tap_BQC in enumerate(taps):
+                if trained:
+                    dweight_KC[k] += (dsum * tap_BQC).sum((0, 1))
+                # What `_tap` hid of another document gets nothing either.
+                dsum_k = _hide(dsum, doc_BE, k, start, rows, kernel)
+                dseen[:, k : k + rows].addcmul_(dsum_k, weight_KC[k])
+            dseen_BEC[:, start:stop] = dseen[:, :rows]
+            dseen[:, :width] = dseen[:, rows : rows + width].clone()
+            dseen[:, width:] = 0
+        dseen_BEC[:, length:] = dseen[:, :width]
+        dbias = None if bias_C is None else dbias_C.to(bias_C.dtype)
+        return (
+            dseen_BEC[:, :width],
+            dseen_BEC[:, width:],
+            dweight_KC.t().to(weight_CK.dtype) if trained else None,
+            dbias if trained else None,
+            None,
+            None,
+        )

@@ -8,6 +8,7 @@ chunk; folded for batched products: X = B G, S = R P, Z = B H. Head h reads B an
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from . import backends
 from .blocks import wants_gradient
 from .documents import document_index
 from .precision import compute_dtype, without_autocast
+from .recompute import recomputes
 
 # The result does not depend on it. Two Zen 3 cores, bf16 input, H128 P80 N128 G8, 2048 tokens: 247 ms in chunks of 32,
 # 256 of 64, 278 of 128; more of its time is spent in products the longer it is. Not measured on a GPU.
@@ -101,11 +103,11 @@ def ssd(
     doc_BL = None if seq_idx_BL is None else document_index(seq_idx_BL)
     inputs = (x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, state_BHPN)
     with without_autocast(x_BLHP.device):
-        if torch.compiler.is_compiling():
+        if recomputes(*inputs):
+            return _Scan.apply(*inputs, doc_BL, chunk_size)
+        if torch.compiler.is_compiling() or wants_gradient(*inputs):
             # Traced, the walk is differentiated by the tracer, which decides for itself what to recompute.
             return _walk(*inputs, doc_BL, chunk_size)
-        if wants_gradient(*inputs):
-            return _Scan.apply(*inputs, doc_BL, chunk_size)
         return _walk_in_place(*inputs, doc_BL, chunk_size)
 
 
@@ -159,8 +161,10 @@ def _walk_in_place(
     doc_BL: Tensor | None,
     chunk_size: int,
     entered: list[Tensor] | None = None,
+    apart: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """`_walk` in buffers that every chunk uses again; the state that enters each chunk is appended to `entered`.
+    """`_walk` in buffers that every chunk uses again; the state that enters each `apart`-th chunk is appended to
+    `entered`.
 
     What a position gives another, (score) exp(sum_i - sum_j) dt_j, and D on the diagonal are one matrix per head. The
     state is scaled and added to where it is.
@@ -177,7 +181,7 @@ def _walk_in_place(
         chunk = here.stop - start
         if buffers is None or chunk < chunk_size:
             buffers = _Buffers(state_BHPN, batch, chunk, heads, head_dim, groups)
-        if entered is not None:
+        if entered is not None and start // chunk_size % apart == 0:
             entered.append(state_BHPN.clone())
         x_BHQP = buffers.x_BHQP.copy_(x_BLHP[:, here].transpose(1, 2))
         dt_BQH = dt_BLH[:, here].to(dtype)
@@ -210,7 +214,9 @@ def _walk_in_place(
 class _Scan(torch.autograd.Function):
     """The walk with a backward that walks the chunks again from the end, and so holds one chunk's decay at a time.
 
-    Kept for it: the inputs and the state that entered each chunk, nothing else.
+    Kept for it: the inputs, and the states that entered some of the chunks, the root of the number of chunks apart
+    (nearest to the fewest that are held: so many kept, so many between two of them walked again). All 128 states of
+    8,192 tokens would be 671 MB at H128 P80 N128, four times the inputs.
     """
 
     @staticmethod
@@ -227,9 +233,11 @@ class _Scan(torch.autograd.Function):
         chunk_size: int,
     ) -> tuple[Tensor, Tensor]:
         entered: list[Tensor] = []
-        results = _walk_in_place(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, state_BHPN, doc_BL, chunk_size, entered)
+        ctx.chunk_size, ctx.apart = chunk_size, math.ceil(math.sqrt(-(-x_BLHP.shape[1] // chunk_size)))
+        results = _walk_in_place(
+            x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, state_BHPN, doc_BL, chunk_size, entered, ctx.apart
+        )
         ctx.save_for_backward(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, doc_BL, *entered)
-        ctx.chunk_size = chunk_size
         return results
 
     @staticmethod
@@ -241,22 +249,32 @@ class _Scan(torch.autograd.Function):
         dx_BLHP, ddt_BLH = torch.empty_like(x_BLHP), torch.empty_like(dt_BLH)
         dB_BLGN, dC_BLGN = torch.empty_like(B_BLGN), torch.empty_like(C_BLGN)
         dA_H, dD_H = torch.zeros_like(A), torch.zeros_like(D)
+        chunks = [
+            slice(start, min(start + ctx.chunk_size, x_BLHP.shape[1]))
+            for start in range(0, x_BLHP.shape[1], ctx.chunk_size)
+        ]
         with without_autocast(x_BLHP.device):
-            for index in reversed(range(len(entered))):
-                start = index * ctx.chunk_size
-                here = slice(start, min(start + ctx.chunk_size, x_BLHP.shape[1]))
-                x_BQHP, dt_BQH, B_XQN, C_XQN = _cut(x_BLHP, dt_BLH, B_BLGN, C_BLGN, here, dtype)
-                decay = _decay(dt_BQH, A, doc_BL, here)
-                dx, ddt, da_BHQ, dB_XQN, dC_XQN, dstate_BHPN = _chunk_backward(
-                    x_BQHP, dt_BQH, B_XQN, C_XQN, D, entered[index], decay, dy_BLHP[:, here].to(dtype), dstate_BHPN
-                )
-                dA_H += (da_BHQ * dt_BQH.transpose(1, 2)).sum((0, 2))
-                dD_H += (dy_BLHP[:, here].to(dtype) * x_BQHP).sum((0, 1, 3))
-                dx_BLHP[:, here] = dx
-                ddt_BLH[:, here] = ddt + da_BHQ.transpose(1, 2) * A
-                batch, chunk, groups, _ = B_BLGN[:, here].shape
-                dB_BLGN[:, here] = dB_XQN.view(batch, groups, chunk, -1).transpose(1, 2)
-                dC_BLGN[:, here] = dC_XQN.view(batch, groups, chunk, -1).transpose(1, 2)
+            for first in reversed(range(0, len(chunks), ctx.apart)):
+                stretch = chunks[first : first + ctx.apart]
+                # The states that entered the stretch's chunks; the last one's own result is not needed.
+                states = [entered[first // ctx.apart]]
+                for here in stretch[:-1]:
+                    x_BQHP, dt_BQH, B_XQN, _ = _cut(x_BLHP, dt_BLH, B_BLGN, C_BLGN, here, dtype)
+                    states.append(_state_after(x_BQHP, dt_BQH, B_XQN, states[-1], _decay(dt_BQH, A, doc_BL, here)))
+                for here in reversed(stretch):
+                    x_BQHP, dt_BQH, B_XQN, C_XQN = _cut(x_BLHP, dt_BLH, B_BLGN, C_BLGN, here, dtype)
+                    decay = _decay(dt_BQH, A, doc_BL, here)
+                    dy_BQHP = dy_BLHP[:, here].to(dtype)
+                    dx, ddt, da_BHQ, dB_XQN, dC_XQN, dstate_BHPN = _chunk_backward(
+                        x_BQHP, dt_BQH, B_XQN, C_XQN, D, states.pop(), decay, dy_BQHP, dstate_BHPN
+                    )
+                    dA_H += (da_BHQ * dt_BQH.transpose(1, 2)).sum((0, 2))
+                    dD_H += (dy_BQHP * x_BQHP).sum((0, 1, 3))
+                    dx_BLHP[:, here] = dx
+                    ddt_BLH[:, here] = ddt + da_BHQ.transpose(1, 2) * A
+                    batch, chunk, groups, _ = B_BLGN[:, here].shape
+                    dB_BLGN[:, here] = dB_XQN.view(batch, groups, chunk, -1).transpose(1, 2)
+                    dC_BLGN[:, here] = dC_XQN.view(batch, groups, chunk, -1).transpose(1, 2)
         return dx_BLHP, ddt_BLH, dA_H.to(A_H.dtype), dB_BLGN, dC_BLGN, dD_H.to(D_H.dtype), dstate_BHPN, None, None
 
 
@@ -358,9 +376,14 @@ def _chunk(
     y_BQHP = x_BQHP * D_H[:, None] + inside_BQHP * _column(torch.exp(decay.low_BHQ))
     y_BQHP = torch.addcmul(y_BQHP, before_BQHP, _column(decay.seen_BHQ))
 
-    added_XQS = _by_group(x_BQHP * _column(dt_BHQ * decay.kept_BHQ), groups)
+    return y_BQHP, _state_after(x_BQHP, dt_BQH, B_XQN, state_BHPN, decay)
+
+
+def _state_after(x_BQHP: Tensor, dt_BQH: Tensor, B_XQN: Tensor, state_BHPN: Tensor, decay: _Decay) -> Tensor:
+    groups = B_XQN.shape[0] // x_BQHP.shape[0]
+    added_XQS = _by_group(x_BQHP * _column(dt_BQH.transpose(1, 2) * decay.kept_BHQ), groups)
     added_BHPN = torch.bmm(added_XQS.mT, B_XQN).view(state_BHPN.shape)
-    return y_BQHP, torch.addcmul(added_BHPN, state_BHPN, decay.passed_BH[..., None, None])
+    return torch.addcmul(added_BHPN, state_BHPN, decay.passed_BH[..., None, None])
 
 
 def _chunk_backward(
