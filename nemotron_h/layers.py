@@ -52,6 +52,8 @@ class Float32Parameters(nn.Module):
 class NemotronHLinear(nn.Linear):
     """`nn.Linear` by `ops.linear`: the same function, by the fastest path there is for so many rows."""
 
+    writes_residual = False  # True where the result is added to the residual stream; initialisation asks
+
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return ops.linear(x, self.weight, self.bias)
 

@@ -12,6 +12,7 @@ heads, Q head dim of attention, V vocabulary.
 # No `from __future__ import annotations` here: transformers reads the annotations of the forwards as objects.
 # The mixers are in the models' own file: transformers reads its source to see whether the attention and experts
 # interfaces are there, and refuses to set either where they are not.
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -102,6 +103,7 @@ class NemotronHMamba2Mixer(Float32Parameters):
         self.D = nn.Parameter(torch.ones(self.num_heads, dtype=dtype))
         self.norm = NemotronHRMSNormGated(self.intermediate_size, self.n_groups, config.layer_norm_epsilon)
         self.out_proj = NemotronHLinear(self.intermediate_size, config.hidden_size, bias=config.mamba_proj_bias)
+        self.out_proj.writes_residual = True
 
     def forward(
         self,
@@ -114,38 +116,73 @@ class NemotronHMamba2Mixer(Float32Parameters):
         """Mamba-2 (2405.21060, section 7). `mask_BL` is False at padding, `seq_idx_BL` numbers packed documents."""
         batch, length, _D = x_BLD.shape
         memory: MambaLayer | None = cache.layers[self.layer_idx] if cache is not None else None
+        if memory is not None and 0 < memory.keeps < length:
+            # Only the last tokens may have to be forgotten; what comes before them leaves its state alone.
+            first = length - memory.keeps
+            cut = [(t[:, :first], t[:, first:]) if t is not None else (None, None) for t in (mask_BL, seq_idx_BL)]
+            with memory.not_recording():
+                y_BLD = self(x_BLD[:, :first], cache, cut[0][0], cut[1][0])
+            return torch.cat([y_BLD, self(x_BLD[:, first:], cache, cut[0][1], cut[1][1])], dim=1)
         window_BCW = memory.window_BCW if memory is not None else None
         state_BHPN = memory.state_BHPN if memory is not None else None
 
         projected = self.in_proj(x_BLD)
+        if memory is not None and memory.keeps:
+            memory.open_record(length).add(self, projected[..., self.intermediate_size :].clone(), mask_BL)
         if (
             memory is not None
             and window_BCW is not None
             and state_BHPN is not None
-            and length == 1
+            and length <= ops.FEW_TOKENS
             and mask_BL is None
+            and seq_idx_BL is None
             and unchanged(self.conv1d, NemotronHConv1d)
             and unchanged(self.norm, NemotronHRMSNormGated)
         ):
-            y_BI = ops.mamba_step(
-                projected[:, 0],
-                window_BCW,
-                state_BHPN,
-                self.conv1d.weight.squeeze(1),
-                self.conv1d.bias,
-                self.dt_bias,
-                self.A_log,
-                self.D,
-                self.norm.weight,
-                groups=self.n_groups,
-                activation=self.conv1d.activation,
-                time_step_limit=self.time_step_limit,
-                eps=self.norm.variance_epsilon,
-            )
-            if y_BI is not None:
+            y_BLI = self._few(projected, window_BCW, state_BHPN)
+            if y_BLI is not None:
                 memory.update(window_BCW, state_BHPN, length)
-                return self.out_proj(y_BI.unsqueeze(1))
-        z_BLI, xBC_BLC, dt_BLH = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+                return self.out_proj(y_BLI)
+        z_BLI = projected[..., : self.intermediate_size]
+        y_BLHP, window_BCW, state_BHPN = self._scan(
+            projected[..., self.intermediate_size :], window_BCW, state_BHPN, mask_BL, seq_idx_BL
+        )
+        if memory is not None:
+            memory.update(window_BCW, state_BHPN, length)
+
+        y_BLI = self.norm(y_BLHP.reshape(batch, length, self.intermediate_size), z_BLI)
+        return self.out_proj(y_BLI)
+
+    def _few(self, projected_BLK: Tensor, window_BCW: Tensor, state_BHPN: Tensor) -> Tensor | None:
+        """What is between the projections for a few tokens in one call, window and state in place; None where the parts
+        have to be called."""
+        return ops.mamba_step(
+            projected_BLK,
+            window_BCW,
+            state_BHPN,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            self.norm.weight,
+            groups=self.n_groups,
+            activation=self.conv1d.activation,
+            time_step_limit=self.time_step_limit,
+            eps=self.norm.variance_epsilon,
+        )
+
+    def _scan(
+        self,
+        inputs_BLK: Tensor,
+        window_BCW: Tensor | None,
+        state_BHPN: Tensor | None,
+        mask_BL: Tensor | None,
+        seq_idx_BL: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The raw x, B, C and dt of in_proj (B, L, C + H) -> y (B, L, H, P), the window and the state after them."""
+        batch, length, _ = inputs_BLK.shape
+        xBC_BLC, dt_BLH = inputs_BLK.split([self.conv_dim, self.num_heads], dim=-1)
         xBC_BLC, window_BCW = self.conv1d(xBC_BLC, window_BCW=window_BCW, mask_BL=mask_BL, seq_idx_BL=seq_idx_BL)
         x_BLI, B_BLGN, C_BLGN = xBC_BLC.split(
             [self.intermediate_size] + [self.n_groups * self.ssm_state_size] * 2, dim=-1
@@ -155,12 +192,17 @@ class NemotronHMamba2Mixer(Float32Parameters):
         C_BLGN = C_BLGN.view(batch, length, self.n_groups, self.ssm_state_size)
         dt_BLH = ops.time_step(dt_BLH, self.dt_bias, self.time_step_limit, mask_BL)
         A_H = -torch.exp(self.A_log)
-
-        if length == 1 and state_BHPN is not None:
-            y_BHP, state_BHPN = ops.ssd_step(
-                x_BLHP[:, 0], dt_BLH[:, 0], A_H, B_BLGN[:, 0], C_BLGN[:, 0], self.D, state_BHPN
-            )
-            y_BLHP = y_BHP.unsqueeze(1)
+        steps = length if length == 1 or (x_BLHP.device.type == "cpu" and not torch.is_grad_enabled()) else 0
+        if 0 < steps <= ops.FEW_TOKENS and state_BHPN is not None and seq_idx_BL is None:
+            y_BLHP = torch.empty_like(x_BLHP) if steps > 1 else x_BLHP
+            for t in range(steps):
+                y_BHP, state_BHPN = ops.ssd_step(
+                    x_BLHP[:, t], dt_BLH[:, t], A_H, B_BLGN[:, t], C_BLGN[:, t], self.D, state_BHPN
+                )
+                if steps == 1:
+                    y_BLHP = y_BHP.unsqueeze(1)
+                else:
+                    y_BLHP[:, t] = y_BHP
         else:
             y_BLHP, state_BHPN = ops.ssd(
                 x_BLHP,
@@ -173,11 +215,28 @@ class NemotronHMamba2Mixer(Float32Parameters):
                 seq_idx_BL=seq_idx_BL,
                 chunk_size=self.chunk_size,
             )
-        if memory is not None:
-            memory.update(window_BCW, state_BHPN, length)
+        assert state_BHPN is not None
+        return y_BLHP, window_BCW, state_BHPN
 
-        y_BLI = self.norm(y_BLHP.reshape(batch, length, self.intermediate_size), z_BLI)
-        return self.out_proj(y_BLI)
+    @torch.no_grad()
+    def replay(
+        self, inputs_BLK: Tensor, mask_BL: Tensor | None, window_BCW: Tensor | None, state_BHPN: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The window and the state after tokens whose raw inputs (B, L, C + H) were recorded, one after the other. In
+        place where native.c does it, so the caller hands copies over."""
+        for few_BLK, few_BL in zip(
+            inputs_BLK.split(ops.FEW_TOKENS, dim=1),
+            itertools.repeat(None) if mask_BL is None else mask_BL.split(ops.FEW_TOKENS, dim=1),
+            strict=False,
+        ):
+            y_BLI = None
+            if few_BL is None and window_BCW is not None and state_BHPN is not None:
+                z_BLI = few_BLK.new_zeros(*few_BLK.shape[:2], self.intermediate_size)
+                y_BLI = self._few(torch.cat([z_BLI, few_BLK], dim=-1), window_BCW, state_BHPN)
+            if y_BLI is None:
+                _, window_BCW, state_BHPN = self._scan(few_BLK, window_BCW, state_BHPN, few_BL, None)
+        assert window_BCW is not None and state_BHPN is not None
+        return window_BCW, state_BHPN
 
 
 class NemotronHAttention(nn.Module):
@@ -197,6 +256,7 @@ class NemotronHAttention(nn.Module):
         self.k_proj = NemotronHLinear(config.hidden_size, keys, bias=config.attention_bias)
         self.v_proj = NemotronHLinear(config.hidden_size, keys, bias=config.attention_bias)
         self.o_proj = NemotronHLinear(queries, config.hidden_size, bias=config.attention_bias)
+        self.o_proj.writes_residual = True
 
     def forward(
         self,
@@ -256,6 +316,7 @@ class NemotronHMLP(nn.Module):
         super().__init__()
         self.up_proj = NemotronHLinear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
         self.down_proj = NemotronHLinear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj.writes_residual = True
         self.act_fn = ACT2FN[config.mlp_hidden_act]
 
     def forward(self, x: Tensor, **_: Any) -> Tensor:
@@ -407,8 +468,8 @@ class NemotronHPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # A Mamba state cannot forget its last tokens: generate() must refuse what needs that.
-    _is_stateful = True
+    # Mamba layers can forget their last tokens (MambaLayer.crop), so generate() need not refuse what asks for that.
+    _is_stateful = False
     _can_record_outputs = {
         "hidden_states": NemotronHBlock,
         "attentions": NemotronHAttention,
@@ -493,11 +554,10 @@ class NemotronHPreTrainedModel(PreTrainedModel):
             init.normal_(module.down_proj, std=std / self._residual_scale)
         elif isinstance(module, (NemotronHRMSNorm, NemotronHRMSNormGated)):
             init.ones_(module.weight)
-        if isinstance(module, NemotronHBlock):
-            # What writes to the residual stream starts smaller, by the depth (GPT-2, Megatron-LM).
-            for name in ("out_proj", "o_proj", "down_proj"):
-                if isinstance(projection := getattr(module.mixer, name, None), nn.Linear):
-                    init.normal_(projection.weight, std=std / self._residual_scale)
+        elif isinstance(module, NemotronHLinear) and module.writes_residual:
+            # What writes to the residual stream starts smaller, by the depth (GPT-2, Megatron-LM). Said by the linear
+            # itself: the library passes over modules without parameters of their own, as a block is.
+            init.normal_(module.weight, std=std / self._residual_scale)
 
     @property
     def _residual_scale(self) -> float:
