@@ -274,7 +274,7 @@ def test_a_bfloat16_model_comes_back_bit_for_bit(tmp_path, outtype):
 
 
 def test_a_log_of_bfloat16_values_is_exact_in_any_file():
-    """Also where nothing says that they were bfloat16, and where A was made in float32 as llama.cpp's converter does."""
+    """Also where nothing says what it was, and where A was made in float32, as in files of llama.cpp's converter."""
     a_log = torch.linspace(-3, 3, 97).bfloat16().float()
     assert torch.equal(gguf._a_log(-a_log.exp()), a_log)
     assert torch.equal(gguf._a_log(-a_log.double().exp().float()), a_log)
