@@ -1,4 +1,4 @@
-"""When an op differentiates itself: its own backward keeps the inputs and works the rest out again, a part at a time."""
+"""Ops that differentiate themselves: the backward keeps the inputs and works the rest out again, a part at a time."""
 
 from __future__ import annotations
 
