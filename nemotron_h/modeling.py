@@ -62,6 +62,7 @@ from .layers import (
     unchanged,
 )
 from .packing import document_ids, padding_mask, same_document, varlen_kwargs, whole_mask
+from .parallel import Distributed
 
 _FORWARD_KWARGS = frozenset(
     {*TransformersKwargs.__optional_keys__, "return_dict", "debug_io", "debug_io_dir", "prune_layers"}
@@ -456,7 +457,7 @@ class NemotronHBlock(GradientCheckpointingLayer):
         return x_BLD + y_BLD
 
 
-class NemotronHPreTrainedModel(PreTrainedModel):
+class NemotronHPreTrainedModel(Distributed, PreTrainedModel):
     config: NemotronHConfig
     config_class = NemotronHConfig
     base_model_prefix = "model"
@@ -741,6 +742,8 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
     """Nemotron-H with its language-modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: NemotronHConfig):
         super().__init__(config)
