@@ -38,7 +38,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from typing_extensions import Unpack
 
-from . import ops, pieces
+from . import losses, ops, pieces
 from .cache import MambaLayer, NemotronHCache, cache_length, check_room, grows
 from .checkpoints import published
 from .compat import (
@@ -739,8 +739,14 @@ class NemotronHMultiTokenPredictor(nn.Module):
 
 
 class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
-    """Nemotron-H with its language-modelling head."""
+    """Nemotron-H with its language-modelling head.
 
+    `model.chunked_loss = True` trains without logits: given labels in training mode, forward computes the same loss a
+    few columns of the vocabulary at a time, and `outputs.logits` is None. `skip_logits=` of a forward says so for that
+    call, in either mode. Off unless asked for, because scripts and trainers read the logits of a training step.
+    """
+
+    chunked_loss = False
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
@@ -780,10 +786,13 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             shift_labels: (B, L) target ids that are shifted already, in place of `labels` (training that splits the
                 sequence over devices shifts before it splits). Not in the signature: Trainer would take it for a
                 label that every batch must have.
+            skip_logits: with labels, True computes the loss without logits and returns None for them, False returns
+                them; None: True in training mode if `model.chunked_loss`. Not in the signature either. A loss function
+                of your own (`model.loss_function = ...`) gets its logits all the same.
             logits_to_keep: compute the logits of the last so many positions only (0: all), or of the positions in
                 this index tensor.
         """
-        shift_labels = kwargs.pop("shift_labels", None)
+        shift_labels, skip_logits = kwargs.pop("shift_labels", None), kwargs.pop("skip_logits", None)
         _check_kwargs(kwargs)
         cache = pick_cache(cache=cache, past_key_values=past_key_values, cache_params=cache_params)
         inputs = {
@@ -804,13 +813,23 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         else:
             outputs = self.model(cache=cache, position_ids=position_ids, **inputs, **packing)
         x_BLD = outputs.last_hidden_state[:, keep]
-        # Two-dimensional whatever the head is by now (a resized or adapted one): see ops.linear.
-        logits_TV = self.lm_head(x_BLD.reshape(-1, x_BLD.shape[-1]))
-        logits_BLV = logits_TV.view(*x_BLD.shape[:-1], logits_TV.shape[-1])
-        logits_BLV = logits_BLV.to(torch.promote_types(logits_BLV.dtype, torch.float32))
-        loss = None
-        if labels is not None or shift_labels is not None:
-            loss = self.loss_function(logits_BLV, labels, self.vocab_size, shift_labels=shift_labels, **kwargs)
+        loss = logits_BLV = None
+        has_labels = labels is not None or shift_labels is not None
+        whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        skip = self.chunked_loss and self.training if skip_logits is None else skip_logits
+        if has_labels and whole and skip and losses.is_the_librarys(self.loss_function):
+            loss = losses.without_logits(
+                self.lm_head, x_BLD, labels, shift_labels, num_items_in_batch=kwargs.get("num_items_in_batch")
+            )
+        else:
+            if has_labels and self.training and skip_logits is None:
+                losses.say_once_that_logits_are_large(x_BLD.shape[:-1].numel(), self.vocab_size)
+            # Two-dimensional whatever the head is by now (a resized or adapted one): see ops.linear.
+            logits_TV = self.lm_head(x_BLD.reshape(-1, x_BLD.shape[-1]))
+            logits_BLV = logits_TV.view(*x_BLD.shape[:-1], logits_TV.shape[-1])
+            logits_BLV = logits_BLV.to(torch.promote_types(logits_BLV.dtype, torch.float32))
+            if has_labels:
+                loss = self.loss_function(logits_BLV, labels, self.vocab_size, shift_labels=shift_labels, **kwargs)
         return NemotronHCausalLMOutput(
             loss=loss,
             logits=logits_BLV,

@@ -2,6 +2,7 @@
 
 from .attention import causal_attention
 from .causal_conv import causal_conv
+from .cross_entropy import linear_cross_entropy
 from .documents import document_index
 from .experts import routed_experts
 from .gated_norm import gated_rms_norm, rms_norm
@@ -21,6 +22,7 @@ __all__ = [
     "document_index",
     "gated_rms_norm",
     "linear",
+    "linear_cross_entropy",
     "low_precision_experts_linear",
     "low_precision_linear",
     "mamba_step",

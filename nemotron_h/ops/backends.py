@@ -127,6 +127,26 @@ def report(device: torch.device | str | None = None, dtype: torch.dtype = torch.
     return [(op, choice.name, choice.reason) for op, choice in choices.items()]
 
 
+def fused_linear_cross_entropy() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """Liger's summed cross-entropy of (x (T, D), weight (V, D), labels (T,)), or None where it is not installed.
+
+    Nothing is said about its absence: ours needs as little memory.
+    """
+    if torch.compiler.is_compiling() or switched_off():
+        return None
+    loss = _liger()
+    return None if loss is None else lambda x_TD, weight_VD, labels_T: loss(weight_VD, x_TD, labels_T)
+
+
+@functools.cache
+def _liger() -> Any:
+    try:
+        loss = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss
+        return loss(reduction="sum")
+    except Exception:  # a build for another torch or triton fails in many ways
+        return None
+
+
 @functools.cache
 def _find(op: str) -> tuple[Callable[..., Any] | None, str]:
     """The package's function, or None and what is wrong with the package and what helps. Looked up once a process."""
