@@ -6,6 +6,9 @@ B batch, C convolution channels, W window (kernel - 1 columns), H Mamba heads, P
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,14 +43,55 @@ class MambaLayer(LinearAttentionCacheLayerMixin):
         self.static = static
         # A tensor in a static layer: a Python int would recompile the decoding step for every token.
         self.cumulative_length: int | torch.Tensor = torch.tensor(0) if static else 0
+        self._record: _Record | None = None
 
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]
+        # Also while recording: the library leaves the mask of a static cache out where this is false.
         return self.static
 
     @property
     def is_croppable(self) -> bool:
-        return False
+        return self.record_past
+
+    @property
+    def keeps(self) -> int:
+        """How many of the last tokens are recorded, so that `crop` can take them back; 0 while nothing is."""
+        return ROLLBACK if self.record_past and not torch.compiler.is_compiling() else 0
+
+    def activate_past_recording(self) -> None:
+        """From here on the inputs of the last `ROLLBACK` tokens are kept beside the state before them.
+
+        What was seen before, or is a longer prompt's beginning, is not recorded and cannot be taken back.
+        """
+        self.record_past = True
+
+    @contextmanager
+    def not_recording(self) -> Iterator[None]:
+        """Tokens seen inside are not recorded, and those before them are no longer."""
+        self._record, before = None, self.record_past
+        self.record_past = False
+        try:
+            yield
+        finally:
+            self.record_past = before
+
+    def open_record(self, length: int) -> _Record:
+        """The record that the inputs of `length` tokens, which are about to be seen, are to be added to."""
+        record = self._record
+        if record is None:
+            # Copies: native.c moves the layer's own on in place.
+            window, state = (None if t is None else t.clone() for t in (self.window_BCW, self.state_BHPN))
+            self._record = _Record(window, state)
+        elif record.length > ROLLBACK // 2 or record.length + length > ROLLBACK:
+            record.advance(record.length - min(record.length, ROLLBACK // 4, ROLLBACK - length))
+        assert self._record is not None
+        return self._record
+
+    @property
+    def recorded(self) -> int:
+        """How many tokens `crop` can take back."""
+        return 0 if self._record is None else self._record.length
 
     @property
     def window_BCW(self) -> torch.Tensor | None:
@@ -117,25 +161,47 @@ class MambaLayer(LinearAttentionCacheLayerMixin):
     def reset(self) -> None:
         super().reset()
         self.cumulative_length *= 0
+        self._record = None
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raises `RuntimeError` where `crop` could not take so many tokens back."""
+        number = abs(tokens_to_remove)
+        if number == 0 or number <= self.recorded:
+            return
+        if not self.record_past:
+            raise RuntimeError(
+                f"crop({tokens_to_remove}) asks a Mamba layer to forget tokens, and it has recorded none: call "
+                "activate_past_recording() before the tokens that may have to go, or deepcopy the cache."
+            )
+        raise RuntimeError(
+            f"crop({tokens_to_remove}) asks a Mamba layer to forget {number} tokens and {self.recorded} are recorded "
+            f"(at most the last {ROLLBACK}, none before activate_past_recording()): draft fewer tokens at a time."
+        )
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `abs(tokens_to_remove)` tokens: the state is made again from the one before the record.
+
+        Raises: RuntimeError where so many are not recorded; nothing has changed then.
+        """
+        self.check_crop(tokens_to_remove)
         if tokens_to_remove == 0:
             return
-        raise RuntimeError(
-            f"A Mamba layer's state cannot forget its last tokens, and crop({tokens_to_remove}) asks for that: "
-            "deepcopy the cache before the tokens that may have to go."
-        )
-
-    def activate_past_recording(self) -> None:
-        raise RuntimeError(
-            "A Mamba layer's state cannot be rolled back, so assisted, prompt-lookup and MTP decoding are not "
-            "available: call generate() without them."
-        )
+        assert self._record is not None
+        window, state = self._record.without_last(abs(tokens_to_remove))
+        if window is None or state is None:
+            LinearAttentionCacheLayerMixin.reset(self)
+            self._record = None
+        else:
+            self.update_conv_state(window)
+            self.update_recurrent_state(state)
+        self.cumulative_length -= abs(tokens_to_remove)
 
     def _map_rows(self, rows: Any) -> None:
         for states in (self.conv_states, self.recurrent_states):
             if states[0] is not None:
                 states[0] = rows(states[0])
+        if self._record is not None:
+            self._record.map_rows(rows)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if not self.static:
@@ -143,12 +209,83 @@ class MambaLayer(LinearAttentionCacheLayerMixin):
         for states in (self.conv_states, self.recurrent_states):
             if (tensor := states[0]) is not None:
                 tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
+        if self._record is not None:
+            self._record.map_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._map_rows(lambda tensor: tensor[indices.to(tensor.device)])
+
+
+ROLLBACK = 64
+"""Tokens that a Mamba layer can take back while it records."""
+
+
+class _Record:
+    """The state before the last few tokens, and what in_proj made of each: C + H numbers a token, where a state has
+    H P N. Layers copied from each other share tensors, none of which is ever written into."""
+
+    def __init__(self, window_BCW: torch.Tensor | None, state_BHPN: torch.Tensor | None):
+        self.window_BCW, self.state_BHPN = window_BCW, state_BHPN
+        self.inputs_BLK: torch.Tensor | None = None
+        self.mask_BL: torch.Tensor | None = None
+        self._mixer: Any = None  # a weak reference: a copied cache must not copy the model
+
+    @property
+    def length(self) -> int:
+        return 0 if self.inputs_BLK is None else self.inputs_BLK.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.window_BCW, self.state_BHPN, self.inputs_BLK, self.mask_BL)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def add(self, mixer: Any, inputs_BLK: torch.Tensor, mask_BL: torch.Tensor | None = None) -> None:
+        """Take the raw inputs (B, L, C + H) of tokens, a tensor of their own; `mixer.replay` makes a state of them."""
+        before = self.inputs_BLK
+        if mask_BL is not None or self.mask_BL is not None:
+            new = mask_BL.bool() if mask_BL is not None else inputs_BLK.new_ones(inputs_BLK.shape[:2], dtype=torch.bool)
+            old = self.mask_BL
+            if old is None and before is not None:
+                old = new.new_ones(before.shape[:2])
+            self.mask_BL = new if old is None else torch.cat([old, new], dim=1)
+        self.inputs_BLK = inputs_BLK if before is None else torch.cat([before, inputs_BLK], dim=1)
+        self._mixer = weakref.ref(mixer)
+
+    def _after(self, length: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The window and the state after the first `length` recorded tokens, in tensors of their own."""
+        assert self.inputs_BLK is not None
+        if length == 0:
+            return tuple(None if t is None else t.clone() for t in (self.window_BCW, self.state_BHPN))  # type: ignore[return-value]
+        mixer = self._mixer()
+        mask_BL = None if self.mask_BL is None else self.mask_BL[:, :length]
+        return mixer.replay(
+            self.inputs_BLK[:, :length],
+            mask_BL,
+            *(None if t is None else t.clone() for t in (self.window_BCW, self.state_BHPN)),
+        )
+
+    def _keep(self, where: slice) -> None:
+        assert self.inputs_BLK is not None
+        self.inputs_BLK = self.inputs_BLK[:, where].clone()
+        self.mask_BL = None if self.mask_BL is None else self.mask_BL[:, where].clone()
+
+    def advance(self, length: int) -> None:
+        """Let the first `length` tokens be part of the state for good."""
+        self.window_BCW, self.state_BHPN = self._after(length)
+        self._keep(slice(length, None))
+
+    def without_last(self, number: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The window and the state before the last tokens, which are recorded no longer."""
+        self._keep(slice(None, self.length - number))
+        return self._after(self.length)
+
+    def map_rows(self, rows: Any) -> None:
+        for name in ("window_BCW", "state_BHPN", "inputs_BLK", "mask_BL"):
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, rows(tensor))
 
 
 class _Room:
@@ -212,22 +349,22 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = self._views
         return self._views
 
-    def next_column(self) -> tuple[torch.Tensor, torch.Tensor, int] | None:
-        """Buffers (B, K, room, Q) of keys and values and the position where one more token may be written into them, to
-        be followed by `wrote_column()`; None where they have to grow or are somebody's."""
+    def next_columns(self, number: int) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+        """Buffers (B, K, room, Q) of keys and values and the position from which more tokens may be written into them,
+        to be followed by `wrote_columns`; None where they have to grow or are somebody's."""
         room = self._room
         if room is None or self._views is None or self.keys is not self._views[0] or self.values is not self._views[1]:
             return None
         position = self.keys.shape[-2]
-        if room.filled != position or position >= room.keys.shape[-2]:
+        if room.filled != position or position + number > room.keys.shape[-2]:
             return None
         if room.keys.is_inference() and not torch.is_inference_mode_enabled():
             return None
         return room.keys, room.values, position
 
-    def wrote_column(self) -> None:
+    def wrote_columns(self, number: int) -> None:
         assert self._room is not None
-        self._room.filled += 1
+        self._room.filled += number
         after = self._room.filled
         self._views = self._room.keys[..., :after, :], self._room.values[..., :after, :]
         self.keys, self.values = self._views
@@ -350,7 +487,7 @@ class NemotronHCache(Cache):
         """Forget the last tokens; refused, with nothing changed, where a Mamba layer would have to."""
         for layer in self.layers:
             if isinstance(layer, MambaLayer):
-                layer.crop(tokens_to_remove)
+                layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
 
     @property
@@ -367,7 +504,7 @@ class NemotronHCache(Cache):
         return -1
 
     def nbytes(self) -> int:
-        """Bytes that the cached tensors occupy."""
+        """Bytes that the cached tensors occupy, recorded ones included."""
         total = 0
         for layer in self.layers:
             tensors = (
@@ -376,6 +513,8 @@ class NemotronHCache(Cache):
                 else (layer.keys, layer.values)
             )
             total += sum(tensor.nbytes for tensor in tensors if tensor is not None)
+            if isinstance(layer, MambaLayer) and layer._record is not None:
+                total += layer._record.nbytes
         return total
 
 

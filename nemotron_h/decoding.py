@@ -1,9 +1,9 @@
-"""One token through several layers in one call.
+"""A few tokens through several layers in one call.
 
 A layer's parts called one by one cost some 100 us of Python and dispatch; where a model is small, that is most of a
-token. `steps` gives the layers as they are, or, for one token on a CPU, stretches of them that native.c runs at once,
-with the results of the calls bit for bit. A stretch asks every time whether a call of each of its modules would be
-that class's forward and nothing else (no hook, no adapter), and otherwise calls them.
+token. `steps` gives the layers as they are, or, for a few tokens on a CPU, stretches of them that native.c runs at
+once, with the results of the calls bit for bit. A stretch asks every time whether a call of each of its modules would
+be that class's forward and nothing else (no hook, no adapter), and otherwise calls them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from transformers.activations import ReLUSquaredActivation
 
 from .cache import GrowingLayer, MambaLayer
 from .layers import NemotronHConv1d, NemotronHLinear, NemotronHRMSNorm, NemotronHRMSNormGated, unchanged
-from .ops import native
+from .ops import FEW_TOKENS, native
+from .ops.linear import few_rows
 
 LINEAR_CLASSES: list[type[nn.Linear]] = [NemotronHLinear]
 """Classes of linear layers whose `weight` (and `weight_scale`) `native.linear` multiplies by."""
 
-_ROWS = 4  # more rows than this, and what a call costs is not what counts
 _DTYPES = (torch.float32, torch.bfloat16)
 _plans: weakref.WeakKeyDictionary[nn.ModuleList, tuple[list[nn.Module], list[Any]]] = weakref.WeakKeyDictionary()
 
@@ -35,11 +35,11 @@ def steps(
 ) -> Iterable[Callable[..., Tensor]]:
     """What to call one after the other, each as a layer is called, to take x through the layers."""
     if (
-        x_BLD.shape[1] != 1
-        or x_BLD.shape[0] > _ROWS
+        x_BLD.dtype not in _DTYPES
+        or x_BLD.shape[1] > FEW_TOKENS
+        or x_BLD.shape[:2].numel() > few_rows(x_BLD.dtype)
         or cache is None
         or mask_BL is not None
-        or x_BLD.dtype not in _DTYPES
         or torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
         or getattr(cache, "offloading", False)
@@ -100,17 +100,32 @@ class _Run:
             layers = [(kind, cache.layers[idx]) for kind, idx in self._members]
             ready = zip(layers, self._remembering, strict=True)
             if all(_point_at(structs[i], kind, layer, x_BLD) for (kind, layer), i in ready):
-                y_BD = x_BLD[:, 0].clone(memory_format=torch.contiguous_format)
-                native.blocks(structs, len(self.blocks), y_BD)
+                length = x_BLD.shape[1]
+                recorded = self._records(structs, layers, x_BLD)
+                y_BLD = x_BLD.clone(memory_format=torch.contiguous_format)
+                native.blocks(structs, len(self.blocks), y_BLD)
+                for record, mixer, inputs_BLK in recorded:
+                    record.add(mixer, inputs_BLK)
                 for kind, layer in layers:
                     if kind == native.MAMBA:
-                        layer.update(layer.window_BCW, layer.state_BHPN, 1)
+                        layer.update(layer.window_BCW, layer.state_BHPN, length)
                     else:
-                        layer.wrote_column()
-                return y_BD[:, None]
+                        layer.wrote_columns(length)
+                return y_BLD
         for block in self.blocks:
             x_BLD = block(x_BLD, cache=cache, **kwargs)
         return x_BLD
+
+    def _records(self, structs: Any, layers: list[tuple[int, Any]], x_BLD: Tensor) -> list[tuple[Any, Any, Tensor]]:
+        """Where Mamba layers record their inputs: their records, mixers, and the tensors that native.c fills."""
+        found = []
+        for (kind, layer), i in zip(layers, self._remembering, strict=True):
+            if kind == native.MAMBA and layer.keeps:
+                width = structs[i].first.N - structs[i].last.K
+                inputs_BLK = x_BLD.new_empty(*x_BLD.shape[:2], width)
+                structs[i].record = inputs_BLK.data_ptr()
+                found.append((layer.open_record(x_BLD.shape[1]), self.blocks[i].mixer, inputs_BLK))
+        return found
 
 
 def _point_at(struct: native.Block, kind: int, layer: Any, x_BLD: Tensor) -> bool:
@@ -132,13 +147,13 @@ def _point_at(struct: native.Block, kind: int, layer: Any, x_BLD: Tensor) -> boo
             return False
         struct.window, struct.state = window.data_ptr(), state.data_ptr()
         return True
-    column = layer.next_column() if type(layer) is GrowingLayer else None
+    column = layer.next_columns(x_BLD.shape[1]) if type(layer) is GrowingLayer else None
     if column is None:
         return False
     keys, values, position = column
     if keys.dtype != x_BLD.dtype or not keys.is_cpu or keys.shape[0] != x_BLD.shape[0]:
         return False
-    struct.keys, struct.values, struct.length = keys.data_ptr(), values.data_ptr(), position + 1
+    struct.keys, struct.values, struct.length = keys.data_ptr(), values.data_ptr(), position + x_BLD.shape[1]
     struct.k_row, struct.k_head = keys.stride(0), keys.stride(1)
     struct.v_row, struct.v_head = values.stride(0), values.stride(1)
     return True

@@ -47,6 +47,7 @@ from .compat import (
     NemotronHCausalLMOutput,
     NemotronHModelOutput,
     causal_mask,
+    let_peft_adapt,
     pick_cache,
     rename_cache_kwarg,
 )
@@ -524,6 +525,11 @@ class NemotronHPreTrainedModel(Distributed, PreTrainedModel):
         """`nn.Module.load_state_dict`, which also takes the published names: Trainer reads the files of its own
         checkpoints with it when it resumes."""
         return super().load_state_dict(published.in_memory(state_dict, self), strict=strict, assign=assign)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        """`nn.Module.named_modules`. PEFT looks for its targets through here: the moment to tell it what it may adapt."""
+        let_peft_adapt()
+        return super().named_modules(*args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """`PreTrainedModel.save_pretrained`, in the published layout. A wrong config is refused before anything is

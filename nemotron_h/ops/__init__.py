@@ -8,7 +8,7 @@ from .experts import routed_experts
 from .gated_norm import gated_rms_norm, rms_norm
 from .linear import linear
 from .low_precision import low_precision_experts_linear, low_precision_linear
-from .mamba_step import mamba_step
+from .mamba_step import FEW_TOKENS, mamba_step
 from .moe import router
 from .precision import without_autocast
 from .quantized import dequantize_weight, quantize_weight, quantized_experts_linear, quantized_linear
@@ -16,6 +16,7 @@ from .ssd import DEFAULT_CHUNK_SIZE, ssd, ssd_step, time_step
 
 __all__ = [
     "DEFAULT_CHUNK_SIZE",
+    "FEW_TOKENS",
     "causal_attention",
     "causal_conv",
     "dequantize_weight",

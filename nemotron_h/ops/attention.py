@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import native
 from .linear import multiplies
+from .mamba_step import FEW_TOKENS
 from .precision import without_autocast
 
 # Keys that are converted, where they must be, and multiplied at a time.
@@ -44,10 +45,10 @@ def causal_attention(q_BALQ: Tensor, k_BKSQ: Tensor, v_BKSQ: Tensor, scale: floa
             enable_gqa=heads != key_heads,
         )
     q_BKRLQ = q_BALQ.unflatten(1, (key_heads, -1))
-    if length == 1:
-        rows_BAQ = q_BALQ[:, :, 0].contiguous()
-        if _native_serves(rows_BAQ, k_BKSQ, v_BKSQ):
-            return native.attend(rows_BAQ, k_BKSQ, v_BKSQ, scale)[:, :, None]
+    if length <= FEW_TOKENS:
+        rows_BALQ = q_BALQ.contiguous()
+        if _native_serves(rows_BALQ, k_BKSQ, v_BKSQ):
+            return native.attend(rows_BALQ, k_BKSQ, v_BKSQ, scale)
     dtype = q_BALQ.dtype
     if dtype in (torch.bfloat16, torch.float16) and not multiplies(dtype):
         dtype = torch.float32
@@ -71,16 +72,16 @@ def causal_attention(q_BALQ: Tensor, k_BKSQ: Tensor, v_BKSQ: Tensor, scale: floa
     return total[0].to(q_BALQ.dtype).view(q_BALQ.shape)
 
 
-def _native_serves(q_BAQ: Tensor, k_BKSQ: Tensor, v_BKSQ: Tensor) -> bool:
-    head_dim = q_BAQ.shape[-1]
+def _native_serves(q_BALQ: Tensor, k_BKSQ: Tensor, v_BKSQ: Tensor) -> bool:
+    head_dim = q_BALQ.shape[-1]
     return (
-        q_BAQ.dtype in (torch.float32, torch.bfloat16)
-        and q_BAQ.dtype == k_BKSQ.dtype == v_BKSQ.dtype
+        q_BALQ.dtype in (torch.float32, torch.bfloat16)
+        and q_BALQ.dtype == k_BKSQ.dtype == v_BKSQ.dtype
         and head_dim % 16 == 0
         and k_BKSQ.stride()[2:] == v_BKSQ.stride()[2:] == (head_dim, 1)
         and type(k_BKSQ) is type(v_BKSQ) is Tensor
         and k_BKSQ.is_cpu
-        and native.serves(q_BAQ)
+        and native.serves(q_BALQ)
     )
 
 

@@ -61,7 +61,7 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor
         return F.linear(x, weight_NK, bias_N)
     rows, dtype = x.shape[:-1].numel(), weight_NK.dtype
     slow = dtype in _HALF and not multiplies(dtype)
-    if 0 < rows <= _few(dtype, slow) and native.serves(x, weight_NK):
+    if 0 < rows <= few_rows(dtype) and native.serves(x, weight_NK):
         y = native.linear(x, weight_NK)
         return y if bias_N is None else y.add_(bias_N)
     # Two-dimensional: with a frozen weight torch turns a linear of a 3-D slice into a batched product that first
@@ -83,12 +83,13 @@ def _many_rows(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, slow: boo
     return F.linear(x_MK, weight_NK, bias_N)
 
 
-def _few(dtype: torch.dtype, slow: bool) -> int:
+@functools.cache
+def few_rows(dtype: torch.dtype) -> int:
     """Up to how many rows native.linear is the fastest."""
     most = 12 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
     if dtype == torch.float32:
         return most
-    return 0 if dtype != torch.bfloat16 else most if slow else 4
+    return 0 if dtype != torch.bfloat16 else 4 if multiplies(dtype) else most
 
 
 @functools.cache

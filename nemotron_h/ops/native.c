@@ -4,9 +4,9 @@
  * linear      y = W x for few rows of x: the weights are read from memory once, however many rows there are
  * rms_norm    the norm before every mixer; gated_rms_norm, the one at a Mamba-2 mixer's end
  * causal_conv the convolution of a Mamba-2 mixer, of any number of positions
- * mamba_step  a Mamba-2 mixer between its two projections, for one token, states updated in place
- * attend      grouped-query attention of one query position over keys and values, both read once
- * blocks      several layers one after the other, for one token: where a model is small, each call from outside counts
+ * mamba_step  a Mamba-2 mixer between its two projections, for a few tokens, states read and updated once, in place
+ * attend      grouped-query attention of the last few positions over keys and values, both read once
+ * blocks      several layers one after the other, for a few tokens: where a model is small, each call from outside counts
  *
  * Everything accumulates in float32. Vectors are 8 floats wide (GCC and Clang vector extensions; any instruction set).
  */
@@ -445,60 +445,106 @@ typedef struct {
     float dt_min, dt_max, eps;
 } Mamba;
 
-/* A Mamba-2 mixer between in_proj and out_proj, for one token of B rows.
+/* y[t] = s C[t] after s = s decay[t] + added[t] B[t], for T tokens one after the other, a constant where this is inlined;
+ * s (N) is read and written once. B and C of a token lie `apart` numbers after those of the one before. */
+INLINE void recur(int T, float *s, int64_t N, const float *decay, const float *added, const float *B, const float *C,
+                  int64_t apart, float *y) {
+    v8f sums[4];
+    for (int t = 0; t < T; t++) sums[t] = splat(0);
+    int64_t n = 0;
+    for (; n + 8 <= N; n += 8) {
+        v8f eight = *(v8f *)(s + n);
+        for (int t = 0; t < T; t++) {
+            eight = eight * splat(decay[t]) + splat(added[t]) * *(const v8f *)(B + t * apart + n);
+            sums[t] += eight * *(const v8f *)(C + t * apart + n);
+        }
+        *(v8f *)(s + n) = eight;
+    }
+    for (int t = 0; t < T; t++) y[t] = total(sums[t]);
+    for (; n < N; n++)
+        for (int t = 0; t < T; t++) {
+            s[n] = s[n] * decay[t] + added[t] * B[t * apart + n];
+            y[t] += s[n] * C[t * apart + n];
+        }
+}
+
+/* A Mamba-2 mixer between in_proj and out_proj, for T tokens of B rows, one token after the other: any split of them into
+ * calls gives the same bits.
  *
- * projected (B, 2 I + 2 G N + H): z, x, B, C, dt; window (B, I + 2 G N, width) and state (B, H, P, N) are moved on in
- * place; y (B, I). Activations, window and weights (convolution, norm) have `type`; dt_bias, A_log, D, state are float32.
+ * projected (B, T, 2 I + 2 G N + H): z, x, B, C, dt; window (B, I + 2 G N, width) and state (B, H, P, N) are moved on in
+ * place; y (B, T, I). Activations, window and weights (convolution, norm) have `type`; dt_bias, A_log, D, state are float32.
  * What the chunked form rounds to `type` (the convolution's and the scan's results) is rounded here too.
- * A group shares nothing with another, the final norm included, so a thread takes groups. */
-int nh_mamba_step(int type, Mamba d, int64_t batch, const void *projected, void *window, const void *conv_weight,
+ * A group shares nothing with another, the final norm included, so a thread takes groups. width is at most 7. */
+int nh_mamba_step(int type, Mamba d, int64_t batch, int64_t T, const void *projected, void *window, const void *conv_weight,
                   const void *conv_bias, const float *dt_bias, const float *A_log, const float *D, float *state,
                   const void *norm_weight, void *y) {
     const int64_t inner = d.heads * d.head_dim, N = d.state, channels = inner + 2 * d.groups * N;
     const int64_t per_group = d.heads / d.groups, span = inner / d.groups, row = inner + channels + d.heads;
-    float *memory = malloc(sizeof(float) * batch * d.groups * (span + 2 * N));
+    const int64_t token = span + 2 * N, room = T * token + 3 * T;
+    float *memory = malloc(sizeof(float) * batch * d.groups * room);
     if (!memory) return 1;
-#pragma omp parallel for schedule(dynamic, 1) if (batch * d.heads * d.head_dim * N > WORTH_THREADS / 4)
+#pragma omp parallel for schedule(dynamic, 1) if (batch * T * d.heads * d.head_dim * N > WORTH_THREADS / 4)
     for (int64_t task = 0; task < batch * d.groups; task++) {
-        const int64_t b = task / d.groups, g = task % d.groups, z = b * row, xBC = z + inner, dt_raw = xBC + channels;
-        float *x = memory + task * (span + 2 * N), *B = x + span, *C = B + N;
+        const int64_t b = task / d.groups, g = task % d.groups, first = b * T * row;
+        float *x = memory + task * room, *decay = x + T * token, *added = decay + T, *out = added + T; /* x: x, B, C of each token */
         const int64_t starts[3] = {g * span, inner + g * N, inner + d.groups * N + g * N}, sizes[3] = {span, N, N};
-        float *parts[3] = {x, B, C};
-        for (int part = 0; part < 3; part++)
+        for (int64_t part = 0, to = 0; part < 3; to += sizes[part++])
             for (int64_t i = 0; i < sizes[part]; i++) {
-                const int64_t c = starts[part] + i, seen = (b * channels + c) * d.width, taps = c * (d.width + 1);
-                const float now = load(projected, type, xBC + c);
-                float sum = conv_bias ? load(conv_bias, type, c) : 0;
-                for (int64_t k = 0; k < d.width; k++) {
-                    sum += load(window, type, seen + k) * load(conv_weight, type, taps + k);
-                    if (k > 0) store(window, type, seen + k - 1, load(window, type, seen + k));
+                const int64_t c = starts[part] + i, taps = c * (d.width + 1);
+                const float bias = conv_bias ? load(conv_bias, type, c) : 0;
+                float seen[8], weight[8];
+                for (int64_t k = 0; k < d.width; k++) seen[k] = load(window, type, (b * channels + c) * d.width + k);
+                for (int64_t k = 0; k <= d.width; k++) weight[k] = load(conv_weight, type, taps + k);
+                for (int64_t t = 0; t < T; t++) {
+                    float sum = bias;
+                    seen[d.width] = load(projected, type, first + t * row + inner + c);
+                    for (int64_t k = 0; k <= d.width; k++) sum += seen[k] * weight[k];
+                    for (int64_t k = 0; k < d.width; k++) seen[k] = seen[k + 1];
+                    sum = silu(sum);
+                    x[t * token + to + i] = type == BF16 ? from_bf16(to_bf16(sum)) : sum;
                 }
-                if (d.width > 0) store(window, type, seen + d.width - 1, now);
-                sum = silu(sum + now * load(conv_weight, type, taps + d.width));
-                parts[part][i] = type == BF16 ? from_bf16(to_bf16(sum)) : sum;
+                for (int64_t k = 0; k < d.width; k++) store(window, type, (b * channels + c) * d.width + k, seen[k]);
             }
-        float squares = 0;
         for (int64_t h = g * per_group; h < (g + 1) * per_group; h++) {
-            const float raw = load(projected, type, dt_raw + h) + dt_bias[h];
-            const float dt = fminf(fmaxf(raw > 20 ? raw : log1pf(expf(raw)), d.dt_min), d.dt_max);
-            const float decay = expf(-dt * expf(A_log[h]));
+            const float A = -expf(A_log[h]);
+            for (int64_t t = 0; t < T; t++) {
+                const float raw = load(projected, type, first + t * row + inner + channels + h) + dt_bias[h];
+                const float dt = fminf(fmaxf(raw > 20 ? raw : log1pf(expf(raw)), d.dt_min), d.dt_max);
+                decay[t] = expf(dt * A);
+                out[t] = dt;
+            }
+            /* out holds dt until the state of the last p is done: kept apart from what `recur` writes */
             for (int64_t p = 0; p < d.head_dim; p++) {
                 const int64_t i = (h - g * per_group) * d.head_dim + p;
-                const float added = dt * x[i];
-                float *s = state + ((b * d.heads + h) * d.head_dim + p) * N, sum = 0;
-#pragma omp simd reduction(+ : sum)
-                for (int64_t n = 0; n < N; n++) {
-                    s[n] = s[n] * decay + added * B[n];
-                    sum += s[n] * C[n];
+                float *s = state + ((b * d.heads + h) * d.head_dim + p) * N, sums[4];
+                for (int64_t t0 = 0; t0 < T; t0 += 4) {
+                    const int64_t count = T - t0 < 4 ? T - t0 : 4;
+                    float *at = x + t0 * token;
+                    for (int64_t t = 0; t < count; t++) added[t] = out[t0 + t] * at[t * token + i];
+                    const float *B = at + span, *C = B + N;
+                    if (count == 1) recur(1, s, N, decay + t0, added, B, C, token, sums);
+                    else if (count == 2) recur(2, s, N, decay + t0, added, B, C, token, sums);
+                    else if (count == 3) recur(3, s, N, decay + t0, added, B, C, token, sums);
+                    else recur(4, s, N, decay + t0, added, B, C, token, sums);
+                    for (int64_t t = 0; t < count; t++) {
+                        const float sum = sums[t] + D[h] * at[t * token + i];
+                        at[t * token + i] = (type == BF16 ? from_bf16(to_bf16(sum)) : sum) *
+                                            silu(load(projected, type, first + (t0 + t) * row + g * span + i));
+                    }
                 }
-                sum += D[h] * x[i];
-                x[i] = (type == BF16 ? from_bf16(to_bf16(sum)) : sum) * silu(load(projected, type, z + g * span + i));
-                squares += x[i] * x[i];
             }
         }
-        const float norm = 1 / sqrtf(squares / span + d.eps);
-        for (int64_t i = 0; i < span; i++)
-            store(y, type, b * inner + g * span + i, load(norm_weight, type, g * span + i) * (x[i] * norm));
+        for (int64_t t = 0; t < T; t++) {
+            const float *u = x + t * token;
+            v8f eight = splat(0);
+            int64_t i = 0;
+            for (; i + 8 <= span; i += 8) eight += *(const v8f *)(u + i) * *(const v8f *)(u + i);
+            float squares = total(eight);
+            for (; i < span; i++) squares += u[i] * u[i];
+            const float norm = 1 / sqrtf(squares / span + d.eps);
+            for (i = 0; i < span; i++)
+                store(y, type, (b * T + t) * inner + g * span + i, load(norm_weight, type, g * span + i) * (u[i] * norm));
+        }
     }
     free(memory);
     return 0;
@@ -554,12 +600,12 @@ INLINE void add_values(int R, const float (*weight)[SPAN], const float *v, int64
 /* Enough pieces that threads finish together, each long enough to be worth joining. */
 INLINE int64_t splits_of(int64_t L) { return L < 256 ? 1 : L > 1024 ? 8 : L / 128; }
 
-/* y (B, A, Q): queries q (B, A, Q) over L keys and values (B, A / R, L, Q), whose rows of Q lie one after the other and
- * whose heads and batch rows lie `head` and `row` numbers apart (keys, then values). Q is a multiple of 16. Every R
- * query heads read a key head once. The keys are cut in `splits`, softmaxed apart and joined, so that threads have work. */
-int nh_attend(int type, const void *q, const void *k, const void *v, void *y, int64_t batch, int64_t key_heads, int64_t R,
-              int64_t L, int64_t Q, int64_t k_row, int64_t k_head, int64_t v_row, int64_t v_head, float scale) {
-    const int64_t splits = splits_of(L);
+/* y (B, A, T, Q): T queries a head, q (B, A, T, Q), over L keys and values (B, A / R, L, Q), whose rows of Q lie one after
+ * the other and whose heads and batch rows lie `head` and `row` numbers apart (keys, then values). The queries are the last
+ * T of the L positions and see none after their own. Q is a multiple of 16. Every R query heads read a key head once. The keys are cut in `splits`, softmaxed apart and joined, so that threads have work. */
+int nh_attend(int type, const void *q, const void *k, const void *v, void *y, int64_t batch, int64_t key_heads, int64_t heads,
+              int64_t T, int64_t L, int64_t Q, int64_t k_row, int64_t k_head, int64_t v_row, int64_t v_head, float scale) {
+    const int64_t splits = splits_of(L), R = heads * T; /* rows that read a key head */
     const int64_t bytes = type == BF16 ? 2 : 4, per = R * (Q + 2), tasks = batch * key_heads * splits;
     const int64_t room = R * Q + SPAN * Q + R * SPAN;
     float *memory = malloc(sizeof(float) * tasks * (per + room));
@@ -587,20 +633,22 @@ int nh_attend(int type, const void *q, const void *k, const void *v, void *y, in
             else if (R - r == 2) score_keys(2, queries + r * Q, rows, count, Q, scale, weight + r);
             else if (R - r == 1) score_keys(1, queries + r * Q, rows, count, Q, scale, weight + r);
             for (r = 0; r < R; r++) {
+                const int64_t limit = L - T + r % T + 1 - l, seen = limit < 0 ? 0 : limit < count ? limit : count;
                 float largest = top[r];
-                for (int64_t t = 0; t < count; t++) largest = weight[r][t] > largest ? weight[r][t] : largest;
+                for (int64_t t = 0; t < seen; t++) largest = weight[r][t] > largest ? weight[r][t] : largest;
                 if (largest > top[r]) {
                     const float shrink = expf(top[r] - largest);
                     for (int64_t i = 0; i < Q; i += 8) *(v8f *)(out + r * Q + i) *= splat(shrink);
                     sum[r] *= shrink;
                     top[r] = largest;
                 }
-                for (int64_t t = count; t < SPAN; t++) weight[r][t] = largest;
+                for (int64_t t = seen; t < SPAN; t++) weight[r][t] = largest;
                 for (int t = 0; t < SPAN; t += 8) {
                     v8f *eight = (v8f *)(weight[r] + t);
                     *eight = exponential(*eight - splat(largest));
                 }
-                for (int64_t t = 0; t < count; t++) sum[r] += weight[r][t];
+                for (int64_t t = 0; t < seen; t++) sum[r] += weight[r][t];
+                for (int64_t t = seen; t < count; t++) weight[r][t] = 0;
             }
             for (int64_t t = 0; t < count; t++)
                 unpack((const char *)v + (b * v_row + kv * v_head + (l + t) * Q) * bytes, type, Q, rows + t * Q);
@@ -651,7 +699,8 @@ typedef struct {
     const float *dt_bias, *A_log, *D;
     void *window;
     float *state;
-    int64_t key_heads, head_dim, length, k_row, k_head, v_row, v_head; /* length: with this token's, which is written */
+    void *record; /* where what in_proj gave goes, z left out, or 0 */
+    int64_t key_heads, head_dim, length, k_row, k_head, v_row, v_head; /* length: with these tokens', which are written */
     void *keys, *values;
     Mamba mamba;
     float eps, scale;
@@ -661,48 +710,65 @@ static int apply(const Weight *w, int type, const void *x, void *y, int64_t batc
     return nh_linear((int)w->type, type, w->weight, w->scale, x, y, batch, w->N, w->K, 0);
 }
 
-/* x (B, D) through `count` layers for one token, in place. Every op rounds to `type` where its own function does.
+/* (X, Y, Q) -> (Y, X, Q) for each of B. */
+static void swap(const char *from, char *to, int64_t bytes, int64_t B, int64_t X, int64_t Y, int64_t Q) {
+    for (int64_t b = 0; b < B; b++)
+        for (int64_t x = 0; x < X; x++)
+            for (int64_t y = 0; y < Y; y++)
+                memcpy(to + bytes * Q * ((b * Y + y) * X + x), from + bytes * Q * ((b * X + x) * Y + y), bytes * Q);
+}
+
+/* x (B, T, D) through `count` layers for T tokens, in place. Every op rounds to `type` where its own function does.
  * Returns 0, or 1 where memory ran out: x, keys, values and states are then of no use. */
-int nh_blocks(int type, const Block *blocks, int64_t count, int64_t batch, int64_t D, void *x) {
-    const int64_t bytes = type == BF16 ? 2 : 4;
+int nh_blocks(int type, const Block *blocks, int64_t count, int64_t batch, int64_t T, int64_t D, void *x) {
+    const int64_t bytes = type == BF16 ? 2 : 4, rows = batch * T;
     int64_t widest = D, inner = D;
     for (int64_t i = 0; i < count; i++) {
         if (blocks[i].first.N > widest) widest = blocks[i].first.N;
         if (blocks[i].last.K > inner) inner = blocks[i].last.K;
     }
-    char *memory = malloc(bytes * batch * (2 * D + widest + 3 * inner));
+    char *memory = malloc(bytes * rows * (2 * D + widest + 4 * inner));
     if (!memory) return 1;
-    char *normed = memory, *added = normed + bytes * batch * D, *wide = added + bytes * batch * D;
-    char *between = wide + bytes * batch * widest, *key = between + bytes * batch * inner, *value = key + bytes * batch * inner;
+    char *normed = memory, *added = normed + bytes * rows * D, *wide = added + bytes * rows * D;
+    char *between = wide + bytes * rows * widest, *key = between + bytes * rows * inner, *value = key + bytes * rows * inner;
+    char *turned = value + bytes * rows * inner;
     int failed = 0;
     for (int64_t i = 0; i < count && !failed; i++) {
         const Block *l = blocks + i;
-        failed |= nh_rms_norm(type, x, l->norm, normed, batch, D, l->eps);
-        failed |= apply(&l->first, type, normed, wide, batch);
+        failed |= nh_rms_norm(type, x, l->norm, normed, rows, D, l->eps);
+        failed |= apply(&l->first, type, normed, wide, rows);
         const void *inside = between;
         if (l->kind == MAMBA) {
-            failed |= nh_mamba_step(type, l->mamba, batch, wide, l->window, l->conv_weight, l->conv_bias, l->dt_bias, l->A_log,
+            failed |= nh_mamba_step(type, l->mamba, batch, T, wide, l->window, l->conv_weight, l->conv_bias, l->dt_bias, l->A_log,
                                     l->D, l->state, l->gated_norm, between);
+            const int64_t skipped = l->last.K, kept = l->first.N - skipped; /* without z */
+            if (l->record)
+                for (int64_t n = 0; n < rows; n++)
+                    memcpy((char *)l->record + bytes * n * kept, wide + bytes * (n * l->first.N + skipped), bytes * kept);
         } else if (l->kind == ATTENTION) {
-            const int64_t Q = l->head_dim, KH = l->key_heads, at = l->length - 1;
-            failed |= apply(&l->key, type, normed, key, batch) | apply(&l->value, type, normed, value, batch);
-            for (int64_t b = 0; b < batch; b++)
-                for (int64_t h = 0; h < KH; h++) {
-                    const int64_t from = (b * KH + h) * Q;
-                    memcpy((char *)l->keys + bytes * (b * l->k_row + h * l->k_head + at * Q), key + bytes * from, bytes * Q);
-                    memcpy((char *)l->values + bytes * (b * l->v_row + h * l->v_head + at * Q), value + bytes * from, bytes * Q);
-                }
-            failed |= nh_attend(type, wide, l->keys, l->values, between, batch, KH, l->first.N / Q / KH, l->length, Q, l->k_row,
-                                l->k_head, l->v_row, l->v_head, l->scale);
+            const int64_t Q = l->head_dim, KH = l->key_heads, heads = l->first.N / Q;
+            failed |= apply(&l->key, type, normed, key, rows) | apply(&l->value, type, normed, value, rows);
+            for (int64_t n = 0; n < rows * KH; n++) {
+                const int64_t b = n / KH / T, at = l->length - T + n / KH % T, h = n % KH;
+                memcpy((char *)l->keys + bytes * (b * l->k_row + h * l->k_head + at * Q), key + bytes * n * Q, bytes * Q);
+                memcpy((char *)l->values + bytes * (b * l->v_row + h * l->v_head + at * Q), value + bytes * n * Q, bytes * Q);
+            }
+            if (T > 1) swap(wide, turned, bytes, batch, T, heads, Q);
+            failed |= nh_attend(type, T > 1 ? turned : wide, l->keys, l->values, between, batch, KH, heads / KH, T, l->length, Q,
+                                l->k_row, l->k_head, l->v_row, l->v_head, l->scale);
+            if (T > 1) {
+                swap(between, turned, bytes, batch, heads, T, Q);
+                inside = turned;
+            }
         } else {
-            for (int64_t n = 0; n < batch * l->first.N; n++) {
+            for (int64_t n = 0; n < rows * l->first.N; n++) {
                 const float u = load(wide, type, n);
                 store(wide, type, n, u > 0 ? u * u : u != u ? u : 0); /* relu(u)^2; NaN stays */
             }
             inside = wide;
         }
-        failed |= apply(&l->last, type, inside, added, batch);
-        for (int64_t n = 0; n < batch * D; n++) store(x, type, n, load(x, type, n) + load(added, type, n));
+        failed |= apply(&l->last, type, inside, added, rows);
+        for (int64_t n = 0; n < rows * D; n++) store(x, type, n, load(x, type, n) + load(added, type, n));
     }
     free(memory);
     return failed;

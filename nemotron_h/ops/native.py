@@ -59,7 +59,7 @@ class Block(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("kind", "norm")),
         *((name, Weight) for name in ("first", "last", "key", "value")),
         *((name, ctypes.c_int64) for name in ("conv_weight", "conv_bias", "gated_norm", "dt_bias", "A_log", "D")),
-        *((name, ctypes.c_int64) for name in ("window", "state", "key_heads", "head_dim", "length")),
+        *((name, ctypes.c_int64) for name in ("window", "state", "record", "key_heads", "head_dim", "length")),
         *((name, ctypes.c_int64) for name in ("k_row", "k_head", "v_row", "v_head", "keys", "values")),
         ("mamba", Mamba),
         *((name, ctypes.c_float) for name in ("eps", "scale")),
@@ -158,12 +158,12 @@ def _built() -> tuple[ctypes.CDLL | None, str]:
         return None, f"{compiler} cannot build native.c ({words}), so decoding on this CPU runs in torch, slower"
     address, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     native.nh_linear.argtypes = [number, number, *[address] * 4, *[size] * 3, address]
-    native.nh_mamba_step.argtypes = [number, Mamba, size, *[address] * 10]
+    native.nh_mamba_step.argtypes = [number, Mamba, size, size, *[address] * 10]
     native.nh_rms_norm.argtypes = [number, *[address] * 3, size, size, ctypes.c_float]
     native.nh_gated_rms_norm.argtypes = [number, address, address, size, address, address, *[size] * 3, ctypes.c_float]
     native.nh_causal_conv.argtypes = [number, address, size, size, *[address] * 4, *[size] * 4]
-    native.nh_attend.argtypes = [number, *[address] * 4, *[size] * 9, ctypes.c_float]
-    native.nh_blocks.argtypes = [number, address, size, size, size, address]
+    native.nh_attend.argtypes = [number, *[address] * 4, *[size] * 10, ctypes.c_float]
+    native.nh_blocks.argtypes = [number, address, *[size] * 4, address]
     return native, f"native.c, built with {Path(compiler).name}"
 
 
@@ -307,7 +307,7 @@ def gated_rms_norm(y_RD: Tensor, z_RD: Tensor, weight_D: Tensor, eps: float, gro
     return out_RD
 
 
-MOST_TAPS = 8  # of causal_conv
+MOST_TAPS = 8  # of a convolution
 
 
 def causal_conv(x_BLC: Tensor, weight_KC: Tensor, bias_C: Tensor, window_BWC: Tensor) -> Tensor:
@@ -348,20 +348,23 @@ def mamba_step(
     time_step_limit: tuple[float, float],
     eps: float,
 ) -> Tensor:
-    """A Mamba-2 mixer between its projections, for one token: y (B, I). The window and the state move on in place.
+    """A Mamba-2 mixer between its projections, for T tokens one after the other: y (B, T, I). The window and the state
+    move on in place.
 
     Args:
-        projected: (B, 2 I + 2 G N + H), what in_proj gave.
-        window_BCW, state_BHPN: the cache's; the state float32.
+        projected: (B, T, 2 I + 2 G N + H), what in_proj gave.
+        window_BCW, state_BHPN: the cache's; the state float32; W less than `MOST_TAPS`.
     """
     native: Any = (_loaded or _library())[0]
     batch, heads, head_dim, state_size = state_BHPN.shape
-    y_BI = projected.new_empty(batch, heads * head_dim)
+    length = projected.shape[1]
+    y_BTI = projected.new_empty(batch, length, heads * head_dim)
     sizes = Mamba(heads, head_dim, groups, state_size, window_BCW.shape[-1], *time_step_limit, eps)
     failed = native.nh_mamba_step(
         _TYPES[projected.dtype],
         sizes,
         batch,
+        length,
         projected.data_ptr(),
         window_BCW.data_ptr(),
         conv_weight_CK.data_ptr(),
@@ -371,11 +374,11 @@ def mamba_step(
         D_H.data_ptr(),
         state_BHPN.data_ptr(),
         norm_weight_I.data_ptr(),
-        y_BI.data_ptr(),
+        y_BTI.data_ptr(),
     )
     if failed:
         raise MemoryError(f"No memory for {batch} rows of {heads} heads.")
-    return y_BI
+    return y_BTI
 
 
 def weight(weight_NK: Tensor, in_features: int, scale: Tensor | None = None) -> Weight:
@@ -384,24 +387,24 @@ def weight(weight_NK: Tensor, in_features: int, scale: Tensor | None = None) -> 
     return Weight(kind, weight_NK.shape[0], in_features, weight_NK.data_ptr(), 0 if scale is None else scale.data_ptr())
 
 
-def blocks(layers: ctypes.Array[Block], count: int, x_BD: Tensor) -> None:
-    """One token through `count` layers; x (B, D) float32 or bfloat16, keys, values, windows and states in place."""
+def blocks(layers: ctypes.Array[Block], count: int, x_BTD: Tensor) -> None:
+    """T tokens through `count` layers; x (B, T, D) float32 or bfloat16, keys, values, windows and states in place."""
     native: Any = (_loaded or _library())[0]
-    batch, width = x_BD.shape
-    if native.nh_blocks(_TYPES[x_BD.dtype], ctypes.addressof(layers), count, batch, width, x_BD.data_ptr()):
-        raise MemoryError(f"No memory for {batch} rows of {width} in {count} layers.")
+    batch, length, width = x_BTD.shape
+    if native.nh_blocks(_TYPES[x_BTD.dtype], ctypes.addressof(layers), count, batch, length, width, x_BTD.data_ptr()):
+        raise MemoryError(f"No memory for {batch * length} rows of {width} in {count} layers.")
 
 
-def attend(q_BAQ: Tensor, k_BALQ: Tensor, v_BALQ: Tensor, scale: float) -> Tensor:
-    """One query position over all keys: (B, A, Q). The rows of keys and values lie one after the other; their heads
-    and batch rows may lie apart (a longer buffer)."""
+def attend(q_BATQ: Tensor, k_BALQ: Tensor, v_BALQ: Tensor, scale: float) -> Tensor:
+    """The last T query positions over all keys up to their own: (B, A, T, Q). The rows of keys and values lie one after
+    the other; their heads and batch rows may lie apart (a longer buffer)."""
     native: Any = (_loaded or _library())[0]
-    batch, heads, head_dim = q_BAQ.shape
+    batch, heads, queries, head_dim = q_BATQ.shape
     key_heads, length = k_BALQ.shape[1:3]
-    y_BAQ = torch.empty_like(q_BAQ)
+    y_BATQ = torch.empty_like(q_BATQ)
     strides = [t.stride(dim) for t in (k_BALQ, v_BALQ) for dim in (0, 1)]
-    addresses = [t.data_ptr() for t in (q_BAQ, k_BALQ, v_BALQ, y_BAQ)]
-    sizes = [batch, key_heads, heads // key_heads, length, head_dim]
-    if native.nh_attend(_TYPES[q_BAQ.dtype], *addresses, *sizes, *strides, scale):
+    addresses = [t.data_ptr() for t in (q_BATQ, k_BALQ, v_BALQ, y_BATQ)]
+    sizes = [batch, key_heads, heads // key_heads, queries, length, head_dim]
+    if native.nh_attend(_TYPES[q_BATQ.dtype], *addresses, *sizes, *strides, scale):
         raise MemoryError(f"No memory for {heads} heads over {length} keys.")
-    return y_BAQ
+    return y_BATQ

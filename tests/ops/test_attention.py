@@ -75,9 +75,10 @@ def called(monkeypatch) -> list[int]:
 
 @pytest.mark.core
 @pytest.mark.parametrize(
-    # native.c takes one query alone
+    # native.c takes a few queries alone
     ("path", "lengths"),
-    [("torch", lengths) for lengths in LENGTHS] + [("native", lengths) for lengths in LENGTHS if lengths[0] == 1],
+    [("torch", lengths) for lengths in LENGTHS]
+    + [("native", lengths) for lengths in LENGTHS if lengths[0] <= ops.FEW_TOKENS],
     indirect=["path"],
     ids=str,
 )
@@ -94,11 +95,12 @@ def test_every_length(generator, monkeypatch, path, dtype, lengths):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("keys", [1, 127, 128, 255, 256, 300, 1100])
-def test_one_query_over_many_keys(generator, path, dtype, keys):
+@pytest.mark.parametrize("length", [1, 2, 5, 16])
+@pytest.mark.parametrize("keys", [16, 17, 127, 128, 255, 256, 300, 1100])
+def test_few_queries_over_many_keys(generator, path, dtype, keys, length):
     """native.c cuts the keys in pieces from 256 on; R of 1, 3 and 8."""
     for heads, key_heads in ((2, 2), (6, 2), (8, 1)):
-        q, k, v = inputs(generator, dtype, 1, keys, heads=heads, key_heads=key_heads, room=3)
+        q, k, v = inputs(generator, dtype, length, keys, heads=heads, key_heads=key_heads, room=3)
         assert error(ops.causal_attention(q, k, v, 0.25), masked_softmax(q, k, v, 0.25)) <= TOLERANCE[dtype]
 
 
@@ -155,7 +157,7 @@ def test_who_calls_native(generator, monkeypatch):
     for dtype, length, head_dim in (
         (torch.float64, 1, 16),
         (torch.float16, 1, 16),
-        (torch.float32, 2, 16),
+        (torch.float32, 17, 16),
         (torch.float32, 1, 12),
     ):
         ops.causal_attention(*inputs(generator, dtype, length, 7, head_dim=head_dim), 0.25)

@@ -93,7 +93,10 @@ def four_operations(by, t: dict, groups: int, limit: tuple[float, float]) -> tup
 
 
 def step(t: dict, groups: int, limit: tuple[float, float] = NO_LIMIT, activation: object = "silu") -> Tensor | None:
-    return ops.mamba_step(**t, groups=groups, activation=activation, time_step_limit=limit, eps=EPS)
+    """Of one token: `projected` (B, K) and y (B, I)."""
+    t = t | {"projected": t["projected"].unsqueeze(1)}
+    y_BLI = ops.mamba_step(**t, groups=groups, activation=activation, time_step_limit=limit, eps=EPS)
+    return None if y_BLI is None else y_BLI.squeeze(1)
 
 
 def assert_right(t: dict, groups: int, limit: tuple[float, float] = NO_LIMIT) -> None:
@@ -129,6 +132,30 @@ def test_it_is_the_four_operations(generator, with_native, dtype, kernel, groups
         for batch in (1, 3):
             t = step_inputs(generator, dtype, batch=batch, groups=groups, kernel=kernel, bias=bias)
             assert_right(t, groups, limit)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kernel", [2, 4])
+@pytest.mark.parametrize("state", [7, 8, 19])
+def test_tokens_together_are_the_tokens_one_by_one(generator, with_native, dtype, kernel, state):
+    """Bit for bit, whatever the split: what a speculation accepts is what plain decoding gives."""
+    for length in (2, 3, 5, 8, 16):
+        together = step_inputs(generator, dtype, kernel=kernel, state=state)
+        width = together["projected"].shape[1]
+        together["projected"] = random(generator, 2, length, width, dtype=dtype)
+        apart, halves = copies(together), copies(together)
+        kwargs = {"groups": 2, "activation": "silu", "time_step_limit": NO_LIMIT, "eps": EPS}
+        y = ops.mamba_step(**together, **kwargs)
+        ys = [
+            ops.mamba_step(**apart | {"projected": part.contiguous()}, **kwargs)
+            for part in apart["projected"].split(1, 1)
+        ]
+        parts = halves["projected"].split([length // 2, length - length // 2], 1)
+        zs = [ops.mamba_step(**halves | {"projected": part.contiguous()}, **kwargs) for part in parts]
+        assert torch.equal(y, torch.cat(ys, 1)) and torch.equal(y, torch.cat(zs, 1))
+        for name in ("window_BCW", "state_BHPN"):
+            assert torch.equal(together[name], apart[name]) and torch.equal(together[name], halves[name]), name
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
