@@ -66,8 +66,28 @@ def _register() -> None:
                 f"({type(error).__name__}: {error}); install versions there that it supports, or run the command "
                 "without `nemotron-h exec`."
             ) from error
+    _answer_by_name()
     if file := os.environ.get(_LOG):
         _log_models(file)
+
+
+def _answer_by_name() -> None:
+    """`transformers.NemotronHForCausalLM` is this package's, in every copy of the module.
+
+    The command `transformers` imports the library a second time under the same name, and looks classes up in that copy.
+    """
+    import transformers
+
+    package = sys.modules["nemotron_h"]
+    module_type: Any = type(transformers)  # a lazy module, which asks __getattr__ for what it has not handed out yet
+    look_up = module_type.__getattr__
+
+    def answer(self: ModuleType, name: str) -> Any:
+        if self.__name__ == "transformers" and name.startswith("NemotronH") and name in package.__all__:
+            return getattr(package, name)
+        return look_up(self, name)
+
+    module_type.__getattr__ = answer
 
 
 def _log_models(file: str) -> None:
