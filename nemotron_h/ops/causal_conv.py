@@ -209,7 +209,9 @@ def _taps_in_blocks(
         stop = min(start + BLOCK, length)
         rows = stop - start
         if start > 0:
-            seen_BEC[:, : kernel - 1] = x_BLC[:, start - kernel + 1 : start]
+            before = min(start, kernel - 1)  # of the inputs before the block, those that are not the window's
+            seen_BEC[:, : kernel - 1 - before] = window_BWC[:, start : start + kernel - 1 - before]
+            seen_BEC[:, kernel - 1 - before : kernel - 1] = x_BLC[:, start - before : start]
         seen_BEC[:, kernel - 1 : kernel - 1 + rows] = x_BLC[:, start:stop]
         total = sum_BQC[:, :rows].copy_(bias)
         for k in range(kernel):
