@@ -12,6 +12,7 @@ heads, Q head dim of attention, V vocabulary.
 # No `from __future__ import annotations` here: transformers reads the annotations of the forwards as objects.
 # The mixers are in the models' own file: transformers reads its source to see whether the attention and experts
 # interfaces are there, and refuses to set either where they are not.
+import functools
 import itertools
 import math
 from collections.abc import Mapping
@@ -860,6 +861,12 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
                     "NemotronHCache(model.config)."
                 )
         return super().generate(*args, **kwargs)
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # generate() hands the tokenizers that it needs for stop strings and assistants on to every step.
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        return {name: value for name, value in inputs.items() if name not in ("tokenizer", "assistant_tokenizer")}
 
     def _prepare_cache_for_generation(
         self,
