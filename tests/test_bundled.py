@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemotron_h.bundled import WORD_PROBLEMS, figures, held_out
 
@@ -45,3 +45,17 @@ def test_figures() -> None:
     assert measured["held_out"]["think"]["accuracy"] >= 0.9 > measured["held_out"]["no_think"]["accuracy"]
     seen = sum(not problem["unseen_template"] for problem in held_out())
     assert (measured["held_out"]["problems"], measured["unseen"]["problems"]) == (seen, len(held_out()) - seen)
+
+
+@pytest.mark.core
+def test_stop_strings_take_the_tokenizer() -> None:
+    """`generate(tokenizer=...)`, which `transformers serve` passes with every request, is not the forward's."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(WORD_PROBLEMS), AutoTokenizer.from_pretrained(WORD_PROBLEMS)
+    messages = [{"role": "user", "content": held_out()[1]["question"]}]
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    whole = model.generate(**inputs, max_new_tokens=40)
+    stopped = model.generate(**inputs, max_new_tokens=40, tokenizer=tokenizer, stop_strings=[" = "])
+    text = tokenizer.decode(stopped[0, inputs["input_ids"].shape[1] :])
+    assert text.count(" = ") == 1 or text.endswith(" =")
+    assert stopped.shape[1] < whole.shape[1] and whole[0, : stopped.shape[1]].equal(stopped[0])
+    assert model.generate(**inputs, max_new_tokens=40, tokenizer=tokenizer).equal(whole)
