@@ -49,7 +49,7 @@ def run(
 
 
 def _find(command: str) -> list[str]:
-    """What starts `command`: it is looked for beside this Python first, so that an environment need not be activated."""
+    """What starts `command`, looked for beside this Python first: an environment need not be activated."""
     if command.endswith(".py") and os.path.isfile(command):
         return [sys.executable, command]
     beside = os.path.dirname(sys.executable)

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -58,7 +57,8 @@ def test_refusals(refused, cli, tmp_path) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_exit_code_and_signals_are_the_tools() -> None:
-    code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(43)); print('up', flush=True); time.sleep(60)"
+    code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(43)); print('up', flush=True)"
+    code += "; time.sleep(60)"
     process = subprocess.Popen([*EXEC, sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"up\n"
     process.terminate()

@@ -1,4 +1,4 @@
-"""Registers the family in every Python process that imports transformers: `nemotron-h exec` puts this folder on PYTHONPATH.
+"""`nemotron-h exec` puts this folder on PYTHONPATH: it registers the family in every Python that imports transformers.
 
 Python imports a `sitecustomize` when it starts. This one waits until `transformers` is imported, which a process may
 never do, and then imports the `nemotron_h` that it lies in. It also runs the `sitecustomize` that it stands in front

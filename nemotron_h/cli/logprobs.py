@@ -1,0 +1,178 @@
+"""`nemotron-h logprobs`: whether training and serving give a text the same probability, token by token."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .arguments import DeviceOption, DtypeOption, JsonOption, check_dtype, find_model, hub_named
+
+if TYPE_CHECKING:
+    from ..logprobs import Comparison, Dump
+
+NAME = "logprobs"
+HELP = (
+    "Record the log-probability of every token of a text, given the tokens before it, or compare two recordings: of "
+    "two models, or of a model and a serving engine (vLLM, SGLang, llama.cpp, any OpenAI-style completions JSON). Exit "
+    "code 1 where they differ by more than the tolerance."
+)
+EXAMPLE = "Example: nemotron-h logprobs my-nano-9b --compare vllm-answer.json --dtype bfloat16 --tolerance 0.05"
+
+
+def run(
+    source: Annotated[str, typer.Argument(metavar="MODEL|FILE", help="A folder or hub id; or a recording (.json).")],
+    other: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The same as --compare FILE.")] = None,
+    text: Annotated[str | None, typer.Option(metavar="TEXT", help="The text, in the model's tokenizer.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A file with the text; - is standard input.")
+    ] = None,
+    ids: Annotated[
+        str | None, typer.Option(metavar="IDS|FILE", help="Token ids, as 1,2,3 or a file with a JSON list.")
+    ] = None,
+    record: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the recording to FILE (JSON).")] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Compare with this recording or engine's answer; its ids are the text."),
+    ] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Also record each layer's norms and digests, to name the first that parts.")
+    ] = False,
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, help="The largest difference: in nats; for layers, over the largest norm.")
+    ] = 1e-3,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    from .. import logprobs
+
+    if other is not None and compare is not None:
+        raise ValueError(f"There are two files to compare with, {other} and {compare}; name one.")
+    compare = compare or other
+    if record is not None and record.exists():
+        raise ValueError(f"{record} is there already; name another file, or remove it.")
+    given = {"--text": text, "--file": file, "--ids": ids}
+    if len(said := [name for name, value in given.items() if value is not None]) > 1:
+        raise ValueError(f"The text is given by {' and by '.join(said)}; leave all but one out.")
+    if Path(source).is_file():
+        if said or record or layers:
+            raise ValueError(f"{source} is a recording: {(said or ['--record or --layers'])[0]} is for a model.")
+        dump = logprobs.read(source)
+    else:
+        theirs = logprobs.read(compare) if compare else None
+        dump = _record(source, _Text(text, file, ids), theirs, layers or bool(theirs and theirs.layers), dtype, device)
+        if record is not None:
+            dump.save(record)
+    facts: dict[str, Any] = {"reference": dump.source, "tokens": len(dump.logprobs), "mean_logprob": _mean(dump)}
+    if record is not None:
+        facts["recorded"] = str(record)
+    if compare is None:
+        _say(facts, dump, as_json)
+        return
+    comparison = logprobs.compare(dump, logprobs.read(compare), tolerance)
+    facts |= {"other": str(compare), "tolerance": tolerance, **asdict(comparison), "same": comparison.same}
+    if as_json:
+        typer.echo(json.dumps(_finite(facts), ensure_ascii=False))
+    else:
+        typer.echo(_sentences(facts, comparison))
+    if not comparison.same:
+        raise typer.Exit(1)
+
+
+class _Text:
+    """What the options say that the text is."""
+
+    def __init__(self, text: str | None, file: Path | None, ids: str | None):
+        if file is not None:
+            text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+        self.text, self.ids = text, None if ids is None else _ids(ids)
+
+
+def _ids(written: str) -> list[int]:
+    if Path(written).is_file():
+        found = json.loads(Path(written).read_text(encoding="utf-8"))
+        if isinstance(found, list) and all(isinstance(id, int) for id in found):
+            return found
+        raise ValueError(f"{written} is no JSON list of token ids; write it like [1, 2, 3].")
+    if not re.fullmatch(r"\s*\d+(\s*[,\s]\s*\d+)*\s*", written):
+        raise ValueError(f"--ids {written!r} are no token ids and no file; write them like 1,2,3.")
+    return [int(id) for id in re.findall(r"\d+", written)]
+
+
+def _record(name: str, text: _Text, theirs: Dump | None, layers: bool, dtype: str, device: str) -> Dump:
+    path, local = find_model(name)
+    check_dtype(dtype)
+    from transformers.utils import logging
+
+    from .. import logprobs
+    from ..generation.chat import Chat
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with hub_named(path, local):
+        chat = Chat.load(path, dtype=dtype, device=device, local_files_only=local)
+    ids = text.ids
+    if text.text is not None:
+        ids = chat.tokenizer(text.text)["input_ids"]
+    if ids is None:
+        ids = theirs.ids if theirs is not None else None
+        if ids is None:
+            raise ValueError("There is no text: give --text, --file or --ids, or --compare a file that has token ids.")
+        if min(ids) < 0:
+            raise ValueError(
+                f"{theirs and theirs.source} does not say its first token; give the same text with --text, --file or "
+                "--ids."
+            )
+    dump = logprobs.record(chat.model, ids, tokenizer=chat.tokenizer, layers=layers)
+    dump.source = name
+    return dump
+
+
+def _mean(dump: Dump) -> float:
+    values = [value for value in dump.logprobs if value is not None]
+    return sum(values) / len(values)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _say(facts: dict[str, Any], dump: Dump, as_json: bool) -> None:
+    if as_json:
+        rows = {"ids": dump.ids, "logprobs": [_finite(value) for value in dump.logprobs]}
+        typer.echo(json.dumps(_finite(facts) | (rows if "recorded" not in facts else {}), ensure_ascii=False))
+        return
+    written = f", written to {facts['recorded']}" if "recorded" in facts else ""
+    typer.echo(
+        f"{facts['reference']}: {facts['tokens']} tokens, {facts['mean_logprob']:.4f} nats each on average (perplexity "
+        f"{math.exp(min(-facts['mean_logprob'], 700)):.4g}){written}"
+    )
+
+
+def _sentences(facts: dict[str, Any], comparison: Comparison) -> str:
+    a, b = facts["reference"], facts["other"]
+    numbers = f"mean {comparison.mean:.3g}, largest {comparison.max:.3g} nats, KL (k3) {comparison.k3:.3g}"
+    lines = [f"{a} and {b} on {comparison.compared} tokens: {numbers}."]
+    if comparison.same:
+        lines.append(f"The same to {facts['tolerance']:g}.")
+    if layer := comparison.first_layer:
+        lines.append(f"The first layer that parts is {layer.name}, from position {layer.position}.")
+    elif comparison.layers_compared:
+        lines.append(f"All {comparison.layers_compared} recorded layers agree.")
+    if token := comparison.first_token:
+        name = f" ({token.token!r})" if token.token else ""
+        lines.append(
+            f"The first token that parts is at position {token.position}{name}: {token.reference:.4f} and "
+            f"{token.other:.4f}, where {facts['tolerance']:g} is allowed."
+        )
+    return "\n".join(lines)
