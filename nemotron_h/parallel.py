@@ -326,7 +326,8 @@ class Distributed(_Base):
             config = cast("NemotronHConfig", self.config)
             self._tp_plan = {**(self._tp_plan or {}), **tensor_parallel_plan(config)}
             self._ep_plan = {**(self._ep_plan or {}), **expert_parallel_plan(config)}
-            self._fsdp_plan = {**(self._fsdp_plan or {}), **fsdp_plan(config)}
+            # in place of the configs' default, which names parts as other models do
+            self._fsdp_plan = fsdp_plan(config)
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -363,6 +364,8 @@ class Distributed(_Base):
             for name in gathered:
                 if (order := _order_of(name, orders)) is not None:
                     gathered[name] = order.published(gathered[name])
+        if model_to_save.config.tie_word_embeddings and "model.embeddings.weight" in gathered:
+            gathered.pop("lm_head.weight", None)  # gathered, it no longer shares memory by which the library knows it
         return gathered
 
     def save_distributed_checkpoint(self, model_to_save: Any, *args: Any, **kwargs: Any) -> Any:

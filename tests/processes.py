@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ def launch(work: Any, folder: Path, *args: Any, world: int = 2, seconds: float =
     `work` must be a function of a module. An exception in one process ends all and is raised here.
     """
     context = multiprocessing.start_processes(
-        _enter, args=(world, str(folder), work, args), nprocs=world, join=False, start_method="spawn"
+        _enter, args=(world, _free_port(), str(folder), work, args), nprocs=world, join=False, start_method="spawn"
     )
     end = time.monotonic() + seconds
     try:
@@ -31,13 +32,19 @@ def launch(work: Any, folder: Path, *args: Any, world: int = 2, seconds: float =
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def _enter(rank: int, world: int, folder: str, work: Any, args: tuple[Any, ...]) -> None:
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _enter(rank: int, world: int, port: int, folder: str, work: Any, args: tuple[Any, ...]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     # gloo listens where the host name points, which need not be reachable
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     torch.set_num_threads(1)
-    rendezvous = Path(folder) / "rendezvous"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    torch.distributed.init_process_group("gloo")
     try:
         torch.save(work(rank, Path(folder), *args), Path(folder) / f"rank{rank}.pt")
         torch.distributed.barrier()
