@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         NemotronHModel,
         NemotronHPreTrainedModel,
     )
+    from .publishing import publish
     from .quantization import NemotronHQuantizationConfig
 
 _AUTO = {
@@ -69,6 +70,10 @@ def __getattr__(name: str) -> Any:
         from . import quantization
 
         value = quantization.NemotronHQuantizationConfig
+    elif name == "publish":
+        from . import publishing
+
+        value = publishing.publish
     elif name in _MODELS:
         from . import modeling
 
@@ -89,4 +94,5 @@ __all__ = [
     "NemotronHPreTrainedModel",
     "NemotronHQuantizationConfig",
     "__version__",
+    "publish",
 ]

@@ -1,0 +1,302 @@
+"""Publishing: a model, or an adapter, as a folder or hub repository that others can load, with a card that says how.
+
+What `save_pretrained` writes is put together with what it leaves out: the tokenizer and its template, the generation
+config, a model card; and what a reader elsewhere cannot use is taken out: paths of this machine, switches of the
+trainer. `model.push_to_hub()` of transformers works as well, and does none of that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoints.writing import check_free, whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_PATH = re.compile(r"(?:~|\.\.?)?/[^/]+/.+|[A-Za-z]:[\\/].+")
+_IN_THE_CACHE = re.compile(r".*models--([\w.-]+?)--([\w.-]+)/snapshots/.*")
+_NOT_PUBLIC = ("is_local", "local_files_only", "_name_or_path", "name_or_path")
+"""Keys that say where the files were on the machine that wrote them."""
+_LICENSES_IN_WORDS = "other"
+
+
+def publish(
+    model: Any,
+    where: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    base_model: str | None = None,
+    data: str | Sequence[str] | None = None,
+    metrics: Mapping[str, float | str] | None = None,
+    license: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload model",
+) -> str:
+    """Write a model of this family to a folder, or upload it; the address or path of the result is returned.
+
+    Args:
+        model: a model, or PEFT's wrapper of one, of which the active adapter alone is published; publish
+            `model.merge_and_unload()` for a model with the adapter in it.
+        where: a hub id, "owner/name"; anything else, or a `Path`, is a folder, which must be absent or empty.
+        tokenizer: published beside the model, with its chat template.
+        base_model: hub id of the model that was trained; without it, what the model was loaded from, if that is one.
+        data: what it was trained on: hub ids of data sets, or words.
+        metrics: name -> value, for the card.
+        license: the hub's tag of the license; without it, the tag of the base model's card, if that is at hand.
+        private: whether a new repository is private; None: the owner's default.
+        token: of the hub; None: the one that `hf auth login` keeps.
+
+    Raises:
+        ValueError: another kind of model; an adapter of a base that has no hub id; a local path among what the card
+            would say; a folder that is not empty.
+    """
+    adapter = hasattr(model, "peft_config")
+    inner = model.get_base_model() if adapter else model
+    if getattr(inner.config, "model_type", None) != "nemotron_h":
+        kind = getattr(inner.config, "model_type", type(inner).__name__)
+        raise ValueError(f"This is a {kind!r} model; publish() knows nemotron_h alone: use model.push_to_hub().")
+    source = _source(model, adapter)
+    if base_model is None:
+        base_model = hub_id(source)
+    if adapter and base_model is None:
+        raise ValueError(
+            f"The adapter's base model is {source!r}, which is on this machine alone: name its hub id with base_model=."
+        )
+    described = [data] if isinstance(data, str) else list(data or ())
+    for name, values in {"base_model": [base_model], "data": described, "metrics": (metrics or {}).values()}.items():
+        for value in values:
+            if isinstance(value, str) and _is_path(value):
+                raise ValueError(
+                    f"{name}={value!r} is a path on this machine: write a hub id, or describe it in words."
+                )
+    to_hub = isinstance(where, str) and _HUB_ID.fullmatch(where) is not None and not os.path.isdir(where)
+    target = Path(where).expanduser()
+    if not to_hub:
+        check_free(target)
+    name = str(where) if to_hub else target.absolute().name
+    card = model_card(
+        model,
+        name,
+        tokenizer=tokenizer,
+        base_model=base_model,
+        data=described,
+        metrics=metrics or {},
+        license=license or _license(source),
+    )
+    if not to_hub:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix=f".{name.split('/')[-1]}.", dir=None if to_hub else target.parent
+    ) as scratch:
+        folder = Path(scratch) / "model"
+        _write(model, inner, folder, tokenizer, base_model if adapter else None)
+        with whole(folder / "README.md") as temporary:
+            temporary.write_text(card, encoding="utf-8")
+        if not to_hub:
+            if target.exists():
+                target.rmdir()
+            folder.rename(target)
+            return str(where)
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repository = api.create_repo(str(where), private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message=commit_message)
+        return str(repository)
+
+
+def hub_id(name: str | None) -> str | None:
+    """The hub id that a model was loaded by, where it was: of a folder in the hub's cache, the repository's."""
+    if not name:
+        return None
+    if match := _IN_THE_CACHE.fullmatch(name.replace(os.sep, "/")):
+        return f"{match[1]}/{match[2]}"
+    return name if _HUB_ID.fullmatch(name) and not os.path.exists(name) else None
+
+
+def _source(model: Any, adapter: bool) -> str | None:
+    """What the model, or the adapter's base, was loaded from."""
+    if adapter:
+        return model.peft_config[model.active_adapter].base_model_name_or_path or None
+    return getattr(model.config, "_name_or_path", None) or None
+
+
+def _license(source: str | None) -> str | None:
+    """The license that the card beside the source says."""
+    card = Path(source or "", "README.md")
+    if source and card.is_file():
+        head = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), flags=re.DOTALL)
+        if head and (line := re.search(r"^license:\s*['\"]?([\w.+-]+)", head[1], flags=re.MULTILINE)):
+            return line[1]
+    return None
+
+
+def _is_path(value: str) -> bool:
+    return _PATH.fullmatch(value) is not None or (
+        ("/" in value or os.sep in value) and len(value) < 1024 and os.path.exists(os.path.expanduser(value))
+    )
+
+
+def _write(model: Any, inner: Any, folder: Path, tokenizer: Any, adapters_base: str | None) -> None:
+    if adapters_base is not None:
+        active = model.active_adapter
+        model.save_pretrained(str(folder), selected_adapters=[active])
+        if (folder / active).is_dir():  # where PEFT puts what is not called "default"
+            for file in (folder / active).iterdir():
+                file.rename(folder / file.name)
+            (folder / active).rmdir()
+    else:
+        model.save_pretrained(str(folder))
+    if (generation := getattr(inner, "generation_config", None)) is not None:
+        generation.save_pretrained(str(folder))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+    for file in sorted(folder.glob("*.json")):
+        # Tables of words, which may look like anything.
+        if file.name in ("tokenizer.json", "vocab.json", "model.safetensors.index.json"):
+            continue
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        if file.name == "adapter_config.json":
+            fields["base_model_name_or_path"] = adapters_base
+            # AutoPeftModelForCausalLM imports the class from here where the task is not said; others may not have it.
+            fields["auto_mapping"], fields["task_type"] = None, fields.get("task_type") or "CAUSAL_LM"
+        if file.name == "config.json":
+            fields["use_cache"] = True  # trainers switch it off, and whoever generates would compute all again
+        with whole(file) as temporary:
+            text = json.dumps(_public(fields), indent=2, ensure_ascii=False)
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _public(value: Any) -> Any:
+    """Without what says where something lies on this machine."""
+    if isinstance(value, Mapping):
+        kept = {key: each for key, each in value.items() if key not in _NOT_PUBLIC}
+        return {key: _public(each) for key, each in kept.items() if not (isinstance(each, str) and _is_path(each))}
+    if isinstance(value, list):
+        return [_public(each) for each in value if not (isinstance(each, str) and _is_path(each))]
+    return value
+
+
+def model_card(
+    model: Any,
+    name: str,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    base_model: str | None = None,
+    data: Sequence[str] = (),
+    metrics: Mapping[str, float | str] | None = None,
+    license: str | None = None,
+) -> str:
+    """The README.md of a model that is published as `name`, with the tags that the hub reads at its top."""
+    adapter = hasattr(model, "peft_config")
+    head: dict[str, Any] = {
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "license": license or _LICENSES_IN_WORDS,
+        "base_model": base_model,
+        "base_model_relation": None if base_model is None else ("adapter" if adapter else "finetune"),
+        "datasets": [each for each in data if _HUB_ID.fullmatch(each)],
+        "tags": ["nemotron-h", "mamba2", "hybrid", *(["lora"] if adapter else [])],
+    }
+    parts = [f"---\n{''.join(_yaml(head))}---\n", f"# {name.split('/')[-1]}\n", _what(model, adapter, base_model, data)]
+    if metrics:
+        rows = "".join(f"| {key} | {_number(value)} |\n" for key, value in metrics.items())
+        parts.append(f"## Measured\n\n| | |\n|---|---|\n{rows}")
+    parts.append(_how_to_load(name, adapter, base_model))
+    if tokenizer is not None:
+        parts.append(_chat_format(tokenizer))
+    if license is None:
+        of = f"That of [{base_model}](https://huggingface.co/{base_model})" if base_model else "Not said"
+        parts.append(f"## License\n\n{of}.\n")
+    return "\n".join(parts)
+
+
+def _yaml(head: Mapping[str, Any]) -> Iterable[str]:
+    """JSON's strings are YAML's."""
+    for key, value in head.items():
+        if isinstance(value, list) and value:
+            yield f"{key}:\n" + "".join(f"- {json.dumps(each, ensure_ascii=False)}\n" for each in value)
+        elif value and not isinstance(value, list):
+            yield f"{key}: {json.dumps(value, ensure_ascii=False)}\n"
+
+
+def _number(value: float | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _what(model: Any, adapter: bool, base_model: str | None, data: Sequence[str]) -> str:
+    from .configuration import LAYER_KINDS
+
+    config = (model.get_base_model() if adapter else model).config
+    counts = {kind: config.layers_block_type.count(kind) for kind in LAYER_KINDS}
+    layers = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    of = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else None
+    if adapter:
+        own = sum(each.numel() for name, each in model.named_parameters() if "lora_" in name or each.requires_grad)
+        text = f"A PEFT adapter of {own:,} weights for {of}, a Nemotron-H model"
+    else:
+        own = sum(each.numel() for each in model.parameters())
+        text = f"A Nemotron-H model of {own:,} weights" + (f", trained from {of}" if of else "")
+    text += f" ({config.num_hidden_layers} layers: {layers})."
+    if data:
+        text += f"\n\nTrained on: {', '.join(data)}."
+    return text + "\n"
+
+
+def _how_to_load(name: str, adapter: bool, base_model: str | None) -> str:
+    tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+    if adapter:
+        imports = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        load = (
+            f'model = AutoModelForCausalLM.from_pretrained("{base_model}", dtype="auto")\n'
+            f'model = PeftModel.from_pretrained(model, "{name}")\n'
+        )
+    else:
+        imports = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        load = f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")\n'
+    return (
+        "## How to load\n\n"
+        "With the package `nemotron-h`:\n\n"
+        f"```python\nimport nemotron_h  # registers its classes with transformers\n{imports}\n{load}{tokenizer}```\n\n"
+        "Without it, leave the first line out: the class of this family in `transformers` (5.3 or newer) reads the same "
+        "files. Up to 5.24 that class keeps the time steps of Mamba layers above 0.001 while it reads a prompt, which "
+        "the model was not trained with, so that its numbers differ a little.\n"
+    )
+
+
+def _chat_format(tokenizer: Any) -> str:
+    if not tokenizer.chat_template:
+        return "## Format\n\nThere is no chat template: prompts are continued as they are.\n"
+    from .generation.reasoning import reasoning_switch
+
+    template = tokenizer.get_chat_template()
+    shown = {}
+    for think in (True, False):
+        messages: list[dict[str, Any]] = [{"role": "user", "content": "How are you?"}]
+        messages, arguments = reasoning_switch(messages, think, template)
+        shown[think] = (
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **arguments),
+            f"`{', '.join(f'{key}={value}' for key, value in arguments.items())}`"
+            if arguments
+            else f"`{messages[0]['content']}` as the system text",
+        )
+    fence = "`" * 4
+    text = "## Chat format\n\n`tokenizer.apply_chat_template(messages, add_generation_prompt=True)` writes it"
+    if shown[True][0] == shown[False][0]:
+        return f"{text}:\n\n{fence}text\n{shown[True][0]}\n{fence}\n"
+    return (
+        f"{text}. With reasoning ({shown[True][1]}):\n\n{fence}text\n{shown[True][0]}\n{fence}\n\n"
+        f"and without ({shown[False][1]}):\n\n{fence}text\n{shown[False][0]}\n{fence}\n"
+    )
+
+
+__all__ = ["hub_id", "model_card", "publish"]
