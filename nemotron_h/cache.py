@@ -7,8 +7,9 @@ B batch, C convolution channels, W window (kernel - 1 columns), H Mamba heads, P
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from .compat import DummyLayer
 
 if TYPE_CHECKING:
     from .configuration import NemotronHConfig
+    from .snapshots import Snapshot
 
 
 class MambaLayer(LinearAttentionCacheLayerMixin):
@@ -419,6 +421,7 @@ class NemotronHCache(Cache):
 
     def __init__(self, config: NemotronHConfig, max_cache_len: int | None = None, offloading: bool = False):
         self.kinds = config.layers_block_type
+        self.config, self.is_static = config, max_cache_len is not None
         super().__init__(
             layers=[_new_layer(kind, config, max_cache_len) for kind in config.layers_block_type],
             offloading=offloading and torch.accelerator.is_available(),
@@ -489,6 +492,84 @@ class NemotronHCache(Cache):
             if isinstance(layer, MambaLayer):
                 layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """As the library has it, but False for all of a cache of nothing else: it takes such a cache not to know its
+        length, and would show the model a whole prompt where only the rest is new."""
+        linear = super().is_linear
+        return [False] * len(linear) if all(linear) else linear
+
+    def like(self) -> NemotronHCache:
+        """An empty cache of the same pattern, that grows."""
+        return NemotronHCache(self.config, offloading=self.offloading)
+
+    def snapshot(self) -> Snapshot:
+        """What the cache holds now, for `restore`. Costs a copy of the Mamba states; keys and values are shared.
+
+        Recorded tokens are not part of it: after `restore`, nothing before that point can be taken back.
+        """
+        from .snapshots import take
+
+        return take(self)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Hold what the snapshot holds, whatever was here; it may be restored any number of times, into any cache of
+        the pattern, static or growing.
+
+        Raises:
+            ValueError: another pattern, state dtype, or what a static cache has no room for; nothing has changed then.
+        """
+        from .snapshots import put
+
+        put(self, snapshot)
+
+    def save(self, path: str | Path, *, model: Any, token_ids: Any = None) -> None:
+        """Write what the cache holds to a safetensors file, whole or not at all; see `snapshots.save`."""
+        from .snapshots import save
+
+        save(self, path, model=model, token_ids=token_ids)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any, **options: Any) -> NemotronHCache:
+        """The cache in a file that `save` wrote; see `snapshots.load` for `token_ids=`, `max_cache_len=` and errors."""
+        from .snapshots import load
+
+        return load(path, model, **options)
+
+    @classmethod
+    def concat(
+        cls, caches: Sequence[NemotronHCache], attention_masks: Sequence[torch.Tensor | None] | None = None
+    ) -> tuple[NemotronHCache, torch.Tensor]:
+        """The rows of several caches in one, shorter ones padded on the left, and its mask; see `rows.concat`."""
+        from .rows import concat
+
+        return concat(caches, attention_masks)
+
+    def split(
+        self, sizes: Sequence[int] | None = None, attention_mask: torch.Tensor | None = None
+    ) -> list[NemotronHCache]:
+        """A cache for each row, or for each so many; see `rows.split`."""
+        from .rows import split
+
+        return split(self, sizes, attention_mask)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, next to each other. Raises `ValueError` for a static cache."""
+        self._check_rows_can_change()
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """The rows of these indices, in their order. Raises `ValueError` for a static cache."""
+        self._check_rows_can_change()
+        super().batch_select_indices(indices)
+
+    def _check_rows_can_change(self) -> None:
+        if self.is_static:
+            raise ValueError(
+                "The cache is static, so its number of rows cannot change: repeat or select the rows of a growing "
+                "NemotronHCache(model.config), or of the inputs."
+            )
 
     @property
     def max_batch_size(self) -> int:

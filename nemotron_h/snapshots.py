@@ -1,0 +1,497 @@
+"""What a cache holds, kept apart from it: taken, put back into any cache of its pattern, written to a file, read back.
+
+A recurrent state cannot be cut, so going back to an earlier point of a text takes a copy of the state there. For a
+Mamba layer it has the same size after any number of tokens; keys and values are shared with the cache, not copied.
+
+B batch, C convolution channels, W window, H Mamba heads, P head dim, N state size, K key heads, Q key dim, L tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.cache_utils import StaticLayer
+
+from ._version import __version__
+from .cache import MambaLayer, NemotronHCache
+from .checkpoints.writing import whole
+
+if TYPE_CHECKING:
+    from .configuration import NemotronHConfig
+
+Pair = tuple[Tensor, Tensor]
+
+FORMAT = "nemotron_h.cache"
+VERSION = 1
+_NAMES = {"mamba": ("window", "state"), "attention": ("keys", "values")}
+_LETTERS = {"mamba": "M", "attention": "*", "mlp": "-", "moe": "E"}
+
+# What a state depends on beside the weights. The state's own dtype is said apart.
+_ESSENTIALS = (
+    "layers_block_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "mamba_num_heads",
+    "mamba_head_dim",
+    "n_groups",
+    "ssm_state_size",
+    "conv_kernel",
+    "time_step_limit",
+    "layer_norm_epsilon",
+    "mamba_hidden_act",
+    "mlp_hidden_act",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_latent_size",
+    "n_group",
+    "topk_group",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A cache's tensors after `length` tokens: for each layer (window BCW, state BHPN), (keys BKLQ, values BKLQ) or
+    None. Nothing writes into them. Tokens recorded for taking back are not part of it."""
+
+    kinds: tuple[str, ...]
+    length: int
+    layers: tuple[Pair | None, ...]
+
+    def tensors(self) -> Iterator[Tensor]:
+        for pair in self.layers:
+            yield from pair or ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, or -1 in the snapshot of an empty cache."""
+        return next((tensor.shape[0] for tensor in self.tensors()), -1)
+
+
+@torch.no_grad()
+def take(cache: NemotronHCache) -> Snapshot:
+    """The state of `cache` now. Mamba states are copied, keys and values that grow are shared, static ones copied.
+
+    Raises:
+        ValueError: a layer keeps its keys and values in a form that cannot be taken out, such as quantised ones.
+    """
+    length = int(cache.get_seq_length())
+    return Snapshot(tuple(cache.kinds), length, tuple(_taken(layer, length) for layer in cache.layers))
+
+
+def _taken(layer: Any, length: int) -> Pair | None:
+    if isinstance(layer, MambaLayer):
+        window, state = layer.window_BCW, layer.state_BHPN
+        return None if window is None or state is None else (window.clone(), state.clone())
+    _check_kind(layer)
+    if length == 0 or not getattr(layer, "is_initialized", False) or layer.keys is None:
+        return None
+    if isinstance(layer, StaticLayer):
+        return layer.keys[..., :length, :].clone(), layer.values[..., :length, :].clone()
+    # Whoever goes on from these buffers writes after what this one sees: see cache._Room.
+    return layer.keys, layer.values
+
+
+def _check_kind(layer: Any) -> None:
+    if not hasattr(layer, "keys") or type(layer).__name__.endswith("QuantizedLayer") or hasattr(layer, "_quantize"):
+        raise ValueError(
+            f"A {type(layer).__name__} has no plain keys and values to take a snapshot of or to put one into: use a "
+            "cache that is not quantised."
+        )
+
+
+@torch.no_grad()
+def put(cache: NemotronHCache, snapshot: Snapshot) -> None:
+    """Make `cache` what the snapshot's was, whatever it holds; refused with nothing changed.
+
+    A static cache keeps its tensors where they are. What is recorded is dropped, so that nothing before this point can
+    be taken back.
+
+    Raises:
+        ValueError: another pattern, too many tokens for a static cache, other rows or sizes than its buffers have,
+            or another dtype of the SSM state.
+    """
+    _check_fits(cache, snapshot)
+    for layer, pair in zip(cache.layers, snapshot.layers, strict=True):
+        if isinstance(layer, MambaLayer):
+            _put_state(layer, pair, snapshot.length)
+        elif isinstance(layer, StaticLayer):
+            _put_static(layer, pair, snapshot.length)
+        else:
+            layer.reset()
+            if pair is not None:
+                layer.lazy_initialization(*pair)  # type: ignore[union-attr]
+                layer.keys, layer.values = pair  # type: ignore[union-attr]
+
+
+def _check_fits(cache: NemotronHCache, snapshot: Snapshot) -> None:
+    if tuple(cache.kinds) != snapshot.kinds:
+        raise ValueError(
+            f"The snapshot is of a model with the pattern {_pattern(snapshot.kinds)} and the cache is of one with "
+            f"{_pattern(cache.kinds)}: restore it into a cache of its own model."
+        )
+    for index, (layer, pair) in enumerate(zip(cache.layers, snapshot.layers, strict=True)):
+        if not isinstance(layer, MambaLayer):
+            _check_kind(layer)
+        room = getattr(layer, "max_cache_len", None)
+        if room is not None and snapshot.length > room:
+            raise ValueError(
+                f"The snapshot holds {snapshot.length} tokens and the static cache has room for {room}: make it longer."
+            )
+        if pair is None:
+            continue
+        held: tuple[Tensor | None, Tensor | None] = (None, None)
+        if isinstance(layer, MambaLayer):
+            state = pair[1].dtype
+            if state not in (layer.state_dtype, torch.float64):
+                raise ValueError(
+                    f"The snapshot's SSM states are {_short(state)} and the cache keeps {_short(layer.state_dtype)}: "
+                    "set mamba_ssm_cache_dtype in the config to the snapshot's, or compute it again."
+                )
+            if layer.static:
+                held = layer.conv_states[0], layer.recurrent_states[0]
+        elif isinstance(layer, StaticLayer) and layer.is_initialized:
+            held = layer.keys, layer.values
+        for ours, theirs in zip(held, pair, strict=True):
+            if ours is None:
+                continue
+            shape = list(ours.shape)
+            if isinstance(layer, StaticLayer):
+                shape[-2] = snapshot.length
+            if shape != list(theirs.shape) or ours.dtype != theirs.dtype:
+                raise ValueError(
+                    f"Layer {index} of the snapshot is {_short(theirs.dtype)} {tuple(theirs.shape)} and the static "
+                    f"cache's buffers take {_short(ours.dtype)} {tuple(shape)}: restore it into a new cache."
+                )
+
+
+def _put_state(layer: MambaLayer, pair: Pair | None, length: int) -> None:
+    if not layer.static:
+        # New tensors: those it has may be another's, or inference mode's; and copies, which it may move on in place.
+        layer.conv_states[0] = layer.recurrent_states[0] = None
+        layer.is_conv_states_initialized[0] = layer.is_recurrent_states_initialized[0] = False
+        pair = None if pair is None else (pair[0].clone(), pair[1].clone())
+    layer.reset()
+    if pair is not None:
+        layer.update(*pair, length)
+
+
+def _put_static(layer: StaticLayer, pair: Pair | None, length: int) -> None:
+    if pair is None:
+        layer.reset()
+        layer.cumulative_length.zero_()
+        return
+    if not layer.is_initialized:
+        layer.lazy_initialization(*pair)
+    assert layer.keys is not None and layer.values is not None
+    for buffer, saved in zip((layer.keys, layer.values), pair, strict=True):
+        buffer[..., :length, :] = saved
+    layer.cumulative_length.fill_(length)
+
+
+# ---- which model
+
+
+def essentials(config: NemotronHConfig) -> dict[str, Any]:
+    """What of a config a state depends on, as JSON has it."""
+    return dict(json.loads(json.dumps({name: getattr(config, name, None) for name in _ESSENTIALS})))
+
+
+@torch.no_grad()
+def weights_digest(model: torch.nn.Module) -> str:
+    """A digest of a few numbers of every parameter, and of which adapters are on.
+
+    Two checkpoints, and a model before and after a step of training, have different ones; that two models have the
+    same is no proof that they are equal. Parameters that are not in memory (offloaded ones) go in by name and shape.
+    """
+    digest = hashlib.sha256()
+    pieces: dict[torch.device, list[Tensor]] = {}
+    for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        tensor: Tensor = parameter.detach()
+        tensor = getattr(tensor, "to_local", lambda kept=tensor: kept)()
+        if tensor.device.type == "meta" or not tensor.numel():
+            continue
+        pieces.setdefault(tensor.device, []).extend(_few(tensor))
+    for together in pieces.values():
+        digest.update(torch.cat(together).cpu().numpy().tobytes())
+    for module in model.modules():
+        if hasattr(module, "disable_adapters") and hasattr(module, "active_adapters"):
+            digest.update(f"{module.disable_adapters}{module.active_adapters}".encode())
+    return digest.hexdigest()
+
+
+def _few(tensor: Tensor) -> Iterator[Tensor]:
+    """Bytes of up to eight numbers of up to four rows."""
+    while tensor.dim() > 2:
+        tensor = tensor[tensor.shape[0] // 2]
+    rows = [tensor] if tensor.dim() < 2 else [tensor[i * (len(tensor) - 1) // 3] for i in range(min(4, len(tensor)))]
+    for row in rows:
+        row = row.reshape(-1)
+        step = max(1, len(row) // 8)
+        yield row[::step][:8].contiguous().view(torch.uint8)
+
+
+# ---- files
+
+
+@torch.no_grad()
+def save(
+    cache: NemotronHCache,
+    path: str | Path,
+    *,
+    model: Any,
+    token_ids: Any = None,
+    keep_ids: bool = False,
+) -> None:
+    """Write what `cache` holds to a safetensors file, whole or not at all.
+
+    Args:
+        model: whose cache it is, or its config (then any weights may load it).
+        token_ids: (L,) or (B, L) the tokens it has seen; their number is checked, and a digest of them kept.
+        keep_ids: write the ids themselves too.
+
+    Raises:
+        ValueError: the cache is empty or of another model, or has seen another number of tokens.
+    """
+    write(take(cache), path, model=model, token_ids=token_ids, keep_ids=keep_ids)
+
+
+def write(
+    snapshot: Snapshot, path: str | Path, *, model: Any, token_ids: Any = None, keep_ids: bool = False, digest: str = ""
+) -> None:
+    """As `save`, of a snapshot; `digest` is the model's `weights_digest` where it is known already."""
+    config, module = _config_of(model)
+    if snapshot.length == 0:
+        raise ValueError("The cache is empty: there is nothing to save before the first token.")
+    if snapshot.kinds != tuple(config.layers_block_type):
+        raise ValueError(
+            f"The cache is of the pattern {_pattern(snapshot.kinds)} and the model's is "
+            f"{_pattern(config.layers_block_type)}: pass the model that filled it."
+        )
+    ids = None if token_ids is None else _ids(token_ids, snapshot.length)
+    tensors: dict[str, Tensor] = {}
+    for index, pair in enumerate(snapshot.layers):
+        if pair is not None:
+            for name, tensor in zip(_NAMES[snapshot.kinds[index]], pair, strict=True):
+                tensors[f"layers.{index}.{name}"] = tensor.cpu().contiguous()
+    if ids is not None and keep_ids:
+        tensors["token_ids"] = ids
+    dtype, state_dtype = _dtypes(snapshot)
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "nemotron_h": __version__,
+        "pattern": _pattern(snapshot.kinds),
+        "config": json.dumps(essentials(config)),
+        "weights": (digest or weights_digest(module)) if module is not None else "",
+        "dtype": dtype,
+        "state_dtype": state_dtype,
+        "batch_size": str(snapshot.batch_size),
+        "token_count": str(snapshot.length),
+        "tokens": "" if ids is None else _ids_digest(ids),
+    }
+    with whole(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def load(
+    path: str | Path, model: Any, *, token_ids: Any = None, max_cache_len: int | None = None, offloading: bool = False
+) -> NemotronHCache:
+    """A new cache with what a file holds, on the model's devices; going on from it is going on from the saved one.
+
+    Nothing before this point can be taken back: recorded tokens are not saved.
+
+    Args:
+        model: the model, or its config (then the weights and the dtype are not checked, and the tensors are on the
+            CPU).
+        token_ids: the tokens that the file should be the state after; checked where the file knows them.
+        max_cache_len: make the cache static, with room for so many tokens.
+
+    Raises:
+        ValueError: in one sentence, a file that is cut or no saved cache, of another format version, model, dtype or
+            text.
+        FileNotFoundError: there is no such file.
+    """
+    config, _ = _config_of(model)
+    snapshot = read(path, model, token_ids=token_ids)
+    cache = NemotronHCache(config, max_cache_len=max_cache_len, offloading=offloading)
+    put(cache, snapshot)
+    return cache
+
+
+def header(path: str | Path) -> dict[str, str]:
+    """The metadata of a file that `save` wrote. Raises as `load`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{path} is cut or no saved cache ({_first(error)}): save the cache again.") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is a safetensors file but no saved cache: pass one that NemotronHCache.save wrote.")
+    version = metadata.get("version", "")
+    if version != str(VERSION):
+        newer = version.isdigit() and int(version) > VERSION
+        remedy = "install a newer nemotron-h" if newer else "save the cache again"
+        raise ValueError(f"{path} is of format version {version} and this package reads version {VERSION}: {remedy}.")
+    return metadata
+
+
+def read(path: str | Path, model: Any, *, token_ids: Any = None, digest: str = "") -> Snapshot:
+    """The snapshot in a file; arguments and errors as `load`."""
+    config, module = _config_of(model)
+    found = header(path)
+    _check_model(path, found, config)
+    if module is not None:
+        if found["dtype"] and found["dtype"] != _short(module.dtype):
+            raise ValueError(
+                f"{path} was saved by a {found['dtype']} model and this one is {_short(module.dtype)}: load the model "
+                f"with dtype={found['dtype']}, or save the cache again."
+            )
+        if found["weights"] and found["weights"] != (digest or weights_digest(module)):
+            raise ValueError(
+                f"{path} was saved by a model with the same config and other weights: load that checkpoint (and its "
+                "adapter), or save the cache again."
+            )
+    _check_state_dtype(path, found, config)
+    length = int(found["token_count"])
+    if token_ids is not None:
+        count = _flat(token_ids).shape[-1]
+        if count != length:
+            raise ValueError(f"{path} is the state after {length} tokens and token_ids has {count}: pass the same.")
+        if found["tokens"] and found["tokens"] != _ids_digest(_ids(token_ids, length)):
+            raise ValueError(f"{path} is the state after {length} other tokens: pass those that it was saved with.")
+    kinds = tuple(config.layers_block_type)
+    layers: list[Pair | None] = []
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            for index, kind in enumerate(kinds):
+                if kind not in _NAMES:
+                    layers.append(None)
+                    continue
+                device = _device(module, index)
+                pair = [_tensor(path, file, names, f"layers.{index}.{name}", device) for name in _NAMES[kind]]
+                layers.append((pair[0], pair[1]))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is cut or no saved cache ({_first(error)}): save the cache again.") from error
+    return Snapshot(kinds, length, tuple(layers))
+
+
+def saved_ids(path: str | Path) -> Tensor | None:
+    """The token ids in a file that was written with `keep_ids`. Raises as `load`."""
+    header(path)
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("token_ids") if "token_ids" in file.keys() else None
+
+
+def _tensor(path: Any, file: Any, names: set[str], name: str, device: torch.device) -> Tensor:
+    if name not in names:
+        raise ValueError(f"{path} has no tensor {name}: save the cache again.")
+    tensor: Tensor = file.get_tensor(name)
+    return tensor.to(device)
+
+
+def _device(module: Any, index: int) -> torch.device:
+    if module is None:
+        return torch.device("cpu")
+    layer = module.get_decoder().layers[index] if hasattr(module, "get_decoder") else module
+    parameter = next((p for p in layer.parameters() if p.device.type != "meta"), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _check_model(path: Any, found: dict[str, str], config: NemotronHConfig) -> None:
+    theirs, ours = json.loads(found["config"]), essentials(config)
+    for name in theirs:
+        if theirs[name] != ours.get(name):
+            ours_, theirs_ = ours.get(name), theirs[name]
+            if name == "layers_block_type":
+                name, theirs_, ours_ = "pattern", _pattern(theirs_), _pattern(ours_ or [])
+            raise ValueError(
+                f"{path} was saved by a model whose {name} is {theirs_} and this one's is {ours_}: load it with its "
+                "own model."
+            )
+
+
+def _check_state_dtype(path: Any, found: dict[str, str], config: NemotronHConfig) -> None:
+    state = found["state_dtype"]
+    if state and state not in (str(config.mamba_ssm_cache_dtype), "float64"):
+        raise ValueError(
+            f"{path} has {state} SSM states and this config keeps {config.mamba_ssm_cache_dtype}: set "
+            f"mamba_ssm_cache_dtype={state}, or save the cache again."
+        )
+
+
+def _config_of(model: Any) -> tuple[Any, Any]:
+    """(config, module or None) of a model, a wrapped one (PEFT's), or a config."""
+    config = getattr(model, "config", model)
+    if not hasattr(config, "layers_block_type"):
+        raise ValueError(
+            f"A cache is saved and loaded with its model or its config, not with a {type(model).__name__}: pass "
+            "model=model."
+        )
+    return config, model if config is not model else None
+
+
+def _dtypes(snapshot: Snapshot) -> tuple[str, str]:
+    """Of what the model computed (windows, keys) and of the SSM states; "" where there is none."""
+    computed = state = ""
+    for pair, kind in zip(snapshot.layers, snapshot.kinds, strict=True):
+        if pair is not None:
+            computed = computed or _short(pair[0].dtype)
+            if kind == "mamba":
+                state = state or _short(pair[1].dtype)
+    return computed, state
+
+
+def _flat(token_ids: Any) -> Tensor:
+    ids = torch.as_tensor(token_ids, dtype=torch.int64).cpu()
+    return ids[None] if ids.dim() == 1 else ids
+
+
+def _ids(token_ids: Any, length: int) -> Tensor:
+    ids = _flat(token_ids)
+    if ids.shape[-1] != length:
+        raise ValueError(
+            f"token_ids has {ids.shape[-1]} tokens and the cache has seen {length}: pass those that are in it."
+        )
+    return ids.contiguous()
+
+
+def _ids_digest(ids: Tensor) -> str:
+    return hashlib.sha256(f"{tuple(ids.shape)}".encode() + ids.numpy().tobytes()).hexdigest()
+
+
+def _pattern(kinds: Sequence[str]) -> str:
+    return "".join(_LETTERS.get(kind, "?") for kind in kinds)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _first(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+__all__ = ["Snapshot", "header", "load", "put", "read", "save", "take", "weights_digest"]
