@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         NemotronHModel,
         NemotronHPreTrainedModel,
     )
+    from .prompt_cache import PromptCache
     from .publishing import publish
     from .quantization import NemotronHQuantizationConfig
 
@@ -70,6 +71,10 @@ def __getattr__(name: str) -> Any:
         from . import quantization
 
         value = quantization.NemotronHQuantizationConfig
+    elif name == "PromptCache":
+        from . import prompt_cache
+
+        value = prompt_cache.PromptCache
     elif name == "publish":
         from . import publishing
 
@@ -93,6 +98,7 @@ __all__ = [
     "NemotronHModel",
     "NemotronHPreTrainedModel",
     "NemotronHQuantizationConfig",
+    "PromptCache",
     "__version__",
     "publish",
 ]

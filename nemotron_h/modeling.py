@@ -528,7 +528,7 @@ class NemotronHPreTrainedModel(Distributed, PreTrainedModel):
         return super().load_state_dict(published.in_memory(state_dict, self), strict=strict, assign=assign)
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Any:
-        """`nn.Module.named_modules`. PEFT looks for its targets through here: the moment to tell it what it may adapt."""
+        """`nn.Module.named_modules`. PEFT looks for its targets here: the moment to tell it what it may adapt."""
         let_peft_adapt()
         return super().named_modules(*args, **kwargs)
 
@@ -849,9 +849,17 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`transformers`' `generate()`; the cache goes by any of its names.
 
+        Args:
+            prompt_cache: a `nemotron_h.PromptCache`: the prompt goes on from the longest kept beginning of it, and is
+                kept in turn, also at `prompt_boundaries=[lengths]`; see `generation.prefixes.generate`.
+
         Raises:
             ValueError: a cache of `transformers`' own, which without attention layers does not know its length.
         """
+        if (prompt_cache := kwargs.pop("prompt_cache", None)) is not None:
+            from .generation import prefixes
+
+            return prefixes.generate(self, prompt_cache, *args, **kwargs)
         kwargs = rename_cache_kwarg(kwargs)
         cache = kwargs.get(CACHE_NAME)
         if cache is not None and "attention" not in self.config.layers_block_type:
