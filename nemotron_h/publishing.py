@@ -72,12 +72,15 @@ def publish(
             f"The adapter's base model is {source!r}, which is on this machine alone: name its hub id with base_model=."
         )
     described = [data] if isinstance(data, str) else list(data or ())
-    for name, values in {"base_model": [base_model], "data": described, "metrics": (metrics or {}).values()}.items():
+    given: dict[str, list[Any]] = {
+        "base_model": [base_model],
+        "data": described,
+        "metrics": [*(metrics or {}).values()],
+    }
+    for name, values in given.items():
         for value in values:
             if isinstance(value, str) and _is_path(value):
-                raise ValueError(
-                    f"{name}={value!r} is a path on this machine: write a hub id, or describe it in words."
-                )
+                raise ValueError(f"{name}={value!r} is a path on this machine: write a hub id, or say it in words.")
     to_hub = isinstance(where, str) and _HUB_ID.fullmatch(where) is not None and not os.path.isdir(where)
     target = Path(where).expanduser()
     if not to_hub:
@@ -267,9 +270,9 @@ def _how_to_load(name: str, adapter: bool, base_model: str | None) -> str:
         "## How to load\n\n"
         "With the package `nemotron-h`:\n\n"
         f"```python\nimport nemotron_h  # registers its classes with transformers\n{imports}\n{load}{tokenizer}```\n\n"
-        "Without it, leave the first line out: the class of this family in `transformers` (5.3 or newer) reads the same "
-        "files. Up to 5.24 that class keeps the time steps of Mamba layers above 0.001 while it reads a prompt, which "
-        "the model was not trained with, so that its numbers differ a little.\n"
+        "Without it, leave the first line out: the class of this family in `transformers` (5.3 or newer) reads the "
+        "same files. Up to 5.24 that class keeps the time steps of Mamba layers above 0.001 while it reads a prompt, "
+        "which the model was not trained with, so that its numbers differ a little.\n"
     )
 
 
