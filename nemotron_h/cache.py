@@ -422,6 +422,7 @@ class NemotronHCache(Cache):
     def __init__(self, config: NemotronHConfig, max_cache_len: int | None = None, offloading: bool = False):
         self.kinds = config.layers_block_type
         self.config, self.is_static = config, max_cache_len is not None
+        self.shown_again = 0  # tokens seen already that the next prompt begins with all the same
         super().__init__(
             layers=[_new_layer(kind, config, max_cache_len) for kind in config.layers_block_type],
             offloading=offloading and torch.accelerator.is_available(),

@@ -872,9 +872,22 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        cache = kwargs.get(CACHE_NAME)
+        if kwargs.get("is_first_iteration") and getattr(cache, "shown_again", 0):
+            ids = args[0] if args else kwargs["input_ids"]
+            kwargs["next_sequence_length"] = ids.shape[1] - cache.shown_again
+            cache.shown_again = 0
         # generate() hands the tokenizers that it needs for stop strings and assistants on to every step.
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         return {name: value for name, value in inputs.items() if name not in ("tokenizer", "assistant_tokenizer")}
+
+    def _assisted_decoding(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Everywhere but here the library cuts a prompt to what a given cache has not seen.
+        cache, mask = kwargs.get(CACHE_NAME), kwargs.get("attention_mask")
+        if isinstance(cache, NemotronHCache):
+            length = getattr(kwargs.get("generation_config"), "_mask_length", -1) if mask is None else mask.shape[1]
+            cache.shown_again = int(cache.get_seq_length()) if length == input_ids.shape[1] else 0
+        return super()._assisted_decoding(input_ids, *args, **kwargs)
 
     def _prepare_cache_for_generation(
         self,
