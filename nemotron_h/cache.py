@@ -498,7 +498,7 @@ class NemotronHCache(Cache):
     def is_linear(self) -> list[bool]:
         """As the library has it, but False for all of a cache of nothing else: it takes such a cache not to know its
         length, and would show the model a whole prompt where only the rest is new."""
-        linear = super().is_linear
+        linear = [isinstance(layer, MambaLayer) for layer in self.layers]
         return [False] * len(linear) if all(linear) else linear
 
     def like(self) -> NemotronHCache:

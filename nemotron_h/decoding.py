@@ -35,7 +35,8 @@ def steps(
 ) -> Iterable[Callable[..., Tensor]]:
     """What to call one after the other, each as a layer is called, to take x through the layers."""
     if (
-        x_BLD.dtype not in _DTYPES
+        torch.compiler.is_compiling()
+        or x_BLD.dtype not in _DTYPES
         or x_BLD.shape[1] > FEW_TOKENS
         or x_BLD.shape[:2].numel() > few_rows(x_BLD.dtype)
         or cache is None

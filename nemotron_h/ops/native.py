@@ -251,6 +251,8 @@ def serves(*tensors: Tensor | None) -> bool:
 
 def serves_rows(x: Tensor) -> bool:
     """Whether C may read a tensor whose rows may lie apart; the rest of `serves` is asked of what goes with it."""
+    if torch.compiler.is_compiling():
+        return False
     return type(x) is Tensor and x.is_cpu and x.layout is torch.strided and x.stride(-1) == 1 and not x.is_neg()
 
 
