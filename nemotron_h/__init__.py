@@ -19,6 +19,7 @@ from .configuration import NemotronHConfig, _before_first_use
 
 if TYPE_CHECKING:
     from .cache import NemotronHCache
+    from .lora import LoraCoverage, lora_config, lora_coverage
     from .modeling import (
         NemotronHForCausalLM,
         NemotronHForSequenceClassification,
@@ -37,6 +38,7 @@ _AUTO = {
     "NemotronHForTokenClassification": AutoModelForTokenClassification,
 }
 _MODELS = (*_AUTO, "NemotronHPreTrainedModel")
+_LORA = ("LoraCoverage", "lora_config", "lora_coverage")
 
 
 def _register_models() -> None:
@@ -71,6 +73,10 @@ def __getattr__(name: str) -> Any:
         from . import quantization
 
         value = quantization.NemotronHQuantizationConfig
+    elif name in _LORA:
+        from . import lora
+
+        value = getattr(lora, name)
     elif name == "PromptCache":
         from . import prompt_cache
 
@@ -90,6 +96,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "LoraCoverage",
     "NemotronHCache",
     "NemotronHConfig",
     "NemotronHForCausalLM",
@@ -100,5 +107,7 @@ __all__ = [
     "NemotronHQuantizationConfig",
     "PromptCache",
     "__version__",
+    "lora_config",
+    "lora_coverage",
     "publish",
 ]

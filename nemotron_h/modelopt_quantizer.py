@@ -34,7 +34,7 @@ from .checkpoints.modelopt import FP8, INPUT_SCALE, KV_SCALES, QUANT_METHOD, SID
 from .checkpoints.tensors import SafetensorsFolder, Shape, Spec
 from .configuration import NemotronHConfig
 from .modeling import NemotronHExperts
-from .quantization import NemotronHQuantizer, _PackedWeights
+from .quantization import NemotronHQuantizer, PackedExperts, _PackedWeights
 
 PACKED = "packed"
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -132,8 +132,8 @@ class LowPrecisionLinear(_LowPrecision, nn.Linear):
         return f"{super().extra_repr()}, {self.how}"
 
 
-class LowPrecisionExperts(_LowPrecision):
-    """`NemotronHExperts` in FP8 or NVFP4, of which only the chosen experts' weights are read."""
+class LowPrecisionExperts(_LowPrecision, PackedExperts):
+    """Experts in FP8 or NVFP4."""
 
     def __init__(self, plain: NemotronHExperts, how: str, specs: Mapping[str, Spec]):
         super().__init__()
@@ -145,16 +145,8 @@ class LowPrecisionExperts(_LowPrecision):
     def weights(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
 
-    def forward(self, x_TD: Tensor, indices_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-        """Each token through its k experts, summed by weight: (T, D)."""
-        experts_S = indices_Tk.flatten()
-        order_S = experts_S.argsort(stable=True)
-        experts_S, token_S = experts_S[order_S], order_S // indices_Tk.shape[1]
-        hidden = ops.low_precision_experts_linear(x_TD[token_S], self.parts("up_proj"), experts_S)
-        y_SD = ops.low_precision_experts_linear(self.act_fn(hidden), self.parts("down_proj"), experts_S)
-        y_SD = y_SD * weights_Tk.flatten()[order_S, None]
-        out_TD = torch.zeros_like(x_TD, dtype=weights_Tk.dtype).index_add(0, token_S, y_SD.to(weights_Tk.dtype))
-        return out_TD.to(x_TD.dtype)
+    def multiply(self, weight: str, x_SK: Tensor, experts_S: Tensor) -> Tensor:
+        return ops.low_precision_experts_linear(x_SK, self.parts(weight), experts_S)
 
     def plain(self, dtype: torch.dtype, config: NemotronHConfig) -> nn.Module:
         with torch.device("meta"):

@@ -163,8 +163,36 @@ class QuantizedLinear(_PackedWeights, nn.Linear):
 LINEAR_CLASSES.append(QuantizedLinear)
 
 
-class QuantizedExperts(_PackedWeights):
-    """`NemotronHExperts` with packed weights, of which only the chosen experts' are read."""
+class PackedExperts(_PackedWeights):
+    """`NemotronHExperts` with packed weights, of which only the chosen experts' are read. A subclass multiplies."""
+
+    act_fn: nn.Module
+
+    def multiply(self, weight: str, x_SK: Tensor, experts_S: Tensor) -> Tensor:
+        """Each row by its expert's "up_proj" or "down_proj": (S, N). Rows of one expert are next to each other."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        indices_Tk: Tensor,
+        weights_Tk: Tensor,
+        multiply: Callable[[str, Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Each token through its k experts, summed by weight: (T, D). Adapters have a `multiply` of their own."""
+        multiply = multiply or self.multiply
+        experts_S = indices_Tk.flatten()
+        order_S = experts_S.argsort(stable=True)
+        experts_S, token_S = experts_S[order_S], order_S // indices_Tk.shape[1]
+        hidden = multiply("up_proj", x_TD[token_S], experts_S)
+        y_SD = multiply("down_proj", self.act_fn(hidden), experts_S)
+        y_SD = y_SD * weights_Tk.flatten()[order_S, None]
+        out_TD = torch.zeros_like(x_TD, dtype=weights_Tk.dtype).index_add(0, token_S, y_SD.to(weights_Tk.dtype))
+        return out_TD.to(x_TD.dtype)
+
+
+class QuantizedExperts(PackedExperts):
+    """Experts in int8 or int4, in the formats of `ops/quantized.py`."""
 
     up_proj: Tensor
     up_proj_scale: Tensor
@@ -194,16 +222,9 @@ class QuantizedExperts(_PackedWeights):
             "down_proj": (self.num_experts, self.width, self.intermediate_size),
         }
 
-    def forward(self, x_TD: Tensor, indices_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-        """Each token through its k experts, summed by weight: (T, D)."""
-        experts_S = indices_Tk.flatten()
-        order_S = experts_S.argsort(stable=True)
-        experts_S, token_S = experts_S[order_S], order_S // indices_Tk.shape[1]
-        hidden = ops.quantized_experts_linear(x_TD[token_S], self.up_proj, self.up_proj_scale, experts_S)
-        y_SD = ops.quantized_experts_linear(self.act_fn(hidden), self.down_proj, self.down_proj_scale, experts_S)
-        y_SD = y_SD * weights_Tk.flatten()[order_S, None]
-        out_TD = torch.zeros_like(x_TD, dtype=weights_Tk.dtype).index_add(0, token_S, y_SD.to(weights_Tk.dtype))
-        return out_TD.to(x_TD.dtype)
+    def multiply(self, weight: str, x_SK: Tensor, experts_S: Tensor) -> Tensor:
+        q, scale = self._parameters[weight], self._parameters[f"{weight}_scale"]
+        return ops.quantized_experts_linear(x_SK, q, scale, experts_S)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         sizes = f"num_experts={self.num_experts}, width={self.width}, intermediate_size={self.intermediate_size}"
@@ -540,6 +561,7 @@ __all__ = [
     "QUANT_METHOD",
     "NemotronHQuantizationConfig",
     "NemotronHQuantizer",
+    "PackedExperts",
     "QuantizedExperts",
     "QuantizedLinear",
     "agreement",
