@@ -873,7 +873,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         cache = kwargs.get(CACHE_NAME)
-        if kwargs.get("is_first_iteration") and getattr(cache, "shown_again", 0):
+        if kwargs.get("is_first_iteration") and isinstance(cache, NemotronHCache) and cache.shown_again:
             ids = args[0] if args else kwargs["input_ids"]
             kwargs["next_sequence_length"] = ids.shape[1] - cache.shown_again
             cache.shown_again = 0

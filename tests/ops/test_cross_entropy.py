@@ -85,8 +85,9 @@ def test_large_logits_neither_overflow_nor_lose_digits(tiles, generator):
 
 def test_gradcheck(tiles, generator):
     x, weight, labels = inputs(generator)
-    x, weight = x[:4].requires_grad_(), weight.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, w: ops.linear_cross_entropy(x, w, labels[:4]), (x, weight))
+    x, weight = x[:4].requires_grad_(), weight[:45].clone().requires_grad_()
+    labels = labels[:4].clamp(max=44)
+    assert torch.autograd.gradcheck(lambda x, w: ops.linear_cross_entropy(x, w, labels), (x, weight))
 
 
 def test_what_is_multiplied_in_afterwards_reaches_the_gradients(generator):
