@@ -39,11 +39,13 @@ def test_python(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.parametrize("command", commands("nemotron-h"))
-def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("block", [b for b in blocks("bash") if b.startswith("nemotron-h ")], ids=named)
+def test_commands(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a block one after the other; what they write under /tmp goes elsewhere."""
     monkeypatch.chdir(ROOT)
-    result = CliRunner().invoke(app, shlex.split(command)[1:])
-    assert result.exit_code == 0, result.output
+    for command in block.splitlines():
+        result = CliRunner().invoke(app, shlex.split(command.replace("/tmp/", f"{tmp_path}/"))[1:])
+        assert result.exit_code == 0, (command, result.output)
 
 
 def test_info_as_shown(monkeypatch: pytest.MonkeyPatch) -> None:
