@@ -88,10 +88,13 @@ def fsdp_plan(config: NemotronHConfig) -> dict[str, str]:
     """What `transformers`' FSDP2 gathers together.
 
     FSDP2 wants one dtype in each group. The library gives the modules with float32 parameters a group of their own, and
-    a Mamba mixer's would hold all of the mixer: so its parts come first, and A_log, D and dt_bias remain.
+    a Mamba mixer's would hold all of the mixer: so its parts come first, and A_log, D and dt_bias remain. An older
+    transformers, which makes no such groups, shards models of one dtype alone, and outer modules before inner ones.
     """
+    from transformers import PreTrainedModel
+
     plan = {"embeddings": "free_full_weight", "layers.*": "free_full_weight", "norm_f": "keep_full_weight"}
-    if "mamba" in config.layers_block_type:
+    if "mamba" in config.layers_block_type and hasattr(PreTrainedModel, "_resolve_parallel_plans"):
         plan |= {f"layers.*.mixer.{name}": "free_full_weight" for name in _MAMBA_PARTS}
     return plan
 
@@ -197,23 +200,18 @@ class _SumGradient(torch.autograd.Function):
 
 
 @contextmanager
-def _local_parameters(*modules: nn.Module) -> Iterator[None]:
-    """The modules' own sharded parameters as this rank's plain tensors; gradients go back to the DTensors."""
+def _local_parameters(module: nn.Module) -> Iterator[None]:
+    """The module's own sharded parameters as this rank's plain tensors; gradients go back to the DTensors."""
     from torch.distributed.tensor import DTensor
 
-    swapped = [
-        (module._parameters, name, parameter)
-        for module in modules
-        for name, parameter in module._parameters.items()
-        if isinstance(parameter, DTensor)
-    ]
-    for parameters, name, parameter in swapped:
-        parameters[name] = cast(nn.Parameter, cast(DTensor, parameter).to_local())
+    parameters = module._parameters
+    sharded = {name: parameter for name, parameter in parameters.items() if isinstance(parameter, DTensor)}
+    for name, parameter in sharded.items():
+        parameters[name] = cast(Any, parameter).to_local()
     try:
         yield
     finally:
-        for parameters, name, parameter in swapped:
-            parameters[name] = parameter
+        parameters.update(cast(dict[str, Any], sharded))
 
 
 def _shard(module: nn.Module, name: str, mesh: Any, dim: int | None) -> None:
@@ -260,18 +258,20 @@ class MixerParallel(TensorParallelLayer):  # type: ignore[misc]
         return (_SumGradient.apply(args[0], mesh.get_group()), *args[1:]), kwargs
 
     def context_around_forward(self, module: Any, mesh: Any) -> Any:
-        # out_proj has a style of its own, that sums its outputs
-        return _local_parameters(module, module.in_proj, module.conv1d, module.norm)
+        return _local_parameters(module)
 
 
 class RowsParallel(TensorParallelLayer):  # type: ignore[misc]
-    """Rows split evenly; the mixer around the module has them as plain tensors while it runs (see MixerParallel)."""
+    """Rows split evenly, and the module run on this rank's: in_proj, conv1d and the gated norm of a Mamba mixer.
+
+    Around each module and not around the mixer: FSDP2 brings a module's parameters in when that module is called.
+    """
 
     def shard_param(self, module: Any, param: str, mesh: Any) -> None:
         _shard(module, param, mesh, 0)
 
-    def install_forward(self, module: Any, mesh: Any) -> Any:
-        return module
+    def context_around_forward(self, module: Any, mesh: Any) -> Any:
+        return _local_parameters(module)
 
 
 class KeysParallel(ColwiseParallel):  # type: ignore[misc]

@@ -5,14 +5,14 @@ import torch
 from families import small_model, tokens
 from processes import launch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from nemotron_h import parallel
 
 FAMILIES = ("dense", "moe", "latent", "tied")
-# transformers gives float32 parameters FSDP2 groups of their own since 5.20-odd; before, a model has one dtype
-NATIVE = [torch.float32, torch.bfloat16] if hasattr(DistributedConfig, "dp_size") else [torch.float32]
+# An older transformers gives float32 parameters no FSDP2 groups of their own, and shards a model of one dtype alone.
+NATIVE = [torch.float32, torch.bfloat16] if hasattr(PreTrainedModel, "_resolve_parallel_plans") else [torch.float32]
 WIDE = {"hidden_size": 40, "vocab_size": 98}
 
 

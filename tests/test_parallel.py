@@ -8,7 +8,8 @@ import torch
 from families import FAMILIES, small_config, small_model, tokens
 from processes import launch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed import DistributedConfig
 
 from nemotron_h import parallel
 
@@ -137,6 +138,39 @@ def test_each_process_has_its_half(runs):
                     assert size == whole[name], name
 
 
+FOUR = {"mamba_num_heads": 8, "n_groups": 4, "vocab_size": 96}  # and two key heads
+GRIDS = {"tp4": {"tp_size": 4}, "tp2 fsdp2": {"tp_size": 2, "fsdp_size": 2}}
+
+
+def in_four(rank, folder):
+    found = {}
+    for name, sizes in GRIDS.items():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder / "whole", dtype=torch.float64, distributed_config=DistributedConfig(**sizes)
+        )
+        found[name] = step(model)
+        model.save_pretrained(folder / name)
+    return found
+
+
+@pytest.mark.skipif(
+    not hasattr(PreTrainedModel, "_resolve_parallel_plans"), reason="one of TP and FSDP in this version"
+)
+def test_four_processes_with_fewer_key_heads_and_with_fsdp(tmp_path):
+    small_model("latent", dtype=torch.float32, **FOUR).save_pretrained(tmp_path / "whole")
+    ranks = launch(in_four, tmp_path, world=4)
+    exact = step(small_model("latent", dtype=torch.float32, **FOUR).double())
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    for name in GRIDS:
+        for rank in ranks:
+            assert rank[name]["loss"] == pytest.approx(exact["loss"], rel=1e-12)
+            for parameter, expected in exact["gradients"].items():
+                assert relative(rank[name]["gradients"][parameter], expected) <= 1e-9, parameter
+        saved = load_file(tmp_path / name / "model.safetensors")
+        assert saved.keys() == whole.keys()
+        assert all(torch.equal(saved[tensor].double(), whole[tensor].double()) for tensor in whole)
+
+
 def test_rows_in_the_order_of_the_ranks():
     """Against slicing part by part, for every range that a process may read."""
     parts, world = (8, 8, 4, 4, 2), 2
@@ -219,11 +253,11 @@ def test_plans_name_what_is_there():
     for family in FAMILIES:
         model = small_model(family)
         names = {re.sub(r"\.\d+\.", ".*.", name) for name, _ in [*model.named_modules(), *model.named_parameters()]}
-        for plan in (model.tp_plan, model.ep_plan, model.fsdp_plan):
+        for plan in (model._tp_plan, model._ep_plan, model._fsdp_plan):
             assert {re.sub(r"\.\d+$", ".*", name) for name in names} >= {
                 name for name in plan if not name.endswith(".*")
             }
-        assert "lm_head" in model.tp_plan
+        assert "lm_head" in model._tp_plan
 
 
 def test_nothing_is_saved_in_the_order_of_the_ranks(tmp_path):
