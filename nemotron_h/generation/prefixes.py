@@ -52,8 +52,9 @@ def generate(
     if (rows := max(_setting(model, args, kwargs, name) or 1 for name in ("num_beams", "num_return_sequences"))) > 1:
         cache.batch_repeat_interleave(rows)
 
-    # What is left of the prompt is one token, so nothing needs to be prefilled in chunks.
-    output = model.generate(*args, **{**kwargs, CACHE_NAME: cache, "cache_implementation": None})
+    # What is left of the prompt is one token; up to 5.23 the library's chunks begin with what the cache has seen.
+    settings = {"cache_implementation": None, "prefill_chunk_size": None}
+    output = model.generate(*args, **{**kwargs, **settings, CACHE_NAME: cache})
     sequence = output if isinstance(output, Tensor) else output.sequences
     seen = int(cache.get_seq_length())
     if rows == 1 and len(row) <= seen <= sequence.shape[1]:

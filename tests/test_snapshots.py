@@ -1,0 +1,375 @@
+"""NemotronHCache.snapshot, restore, save and load: going on from a kept state is going on from the text before it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from families import relative_difference, small_model, tokens
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from nemotron_h import NemotronHCache
+
+FAMILIES = ["dense", "moe", "latent", "mamba", "attention"]
+pytestmark = pytest.mark.core
+
+
+def new_cache(model, kind="growing", room=64):
+    return NemotronHCache(model.config, max_cache_len=room if kind == "static" else None)
+
+
+def filled(model, ids, kind="growing", recording=False):
+    cache = new_cache(model, kind)
+    if recording:
+        cache.activate_past_recording()
+    with torch.no_grad():
+        model(ids, cache=cache)
+    return cache
+
+
+@torch.no_grad()
+def going_on(model, cache, ids):
+    """Logits of further tokens: some at once, then one at a time."""
+    parts = [ids[:, :4], *ids[:, 4:].split(1, dim=1)]
+    return torch.cat([model(part, cache=cache).logits for part in parts], dim=1)
+
+
+@torch.no_grad()
+def whole(model, ids, start):
+    """The logits of the text in one go, without a cache."""
+    return model(ids, use_cache=False).logits[:, start:]
+
+
+def tensors(cache):
+    for layer in cache.layers:
+        for name in ("conv_states", "recurrent_states"):
+            yield from (tensor for tensor in getattr(layer, name, {}).values() if tensor is not None)
+        for name in ("keys", "values"):
+            if getattr(layer, name, None) is not None:
+                yield getattr(layer, name)
+
+
+@pytest.mark.parametrize("into", ["growing", "static"])
+@pytest.mark.parametrize("out_of", ["growing", "static"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_snapshot_goes_on_as_the_text_would(family, out_of, into):
+    """Into the cache it is of, which has gone on, and into a new one; twice each."""
+    model, ids, other = small_model(family), tokens(2, 30), tokens(2, 30, seed=9)
+    cache = filled(model, ids[:, :20], out_of)
+    snapshot = cache.snapshot()
+    assert (snapshot.length, snapshot.batch_size) == (20, 2)
+    assert (
+        relative_difference(
+            going_on(model, cache, other[:, 20:]), whole(model, torch.cat([ids[:, :20], other[:, 20:]], 1), 20)
+        )
+        <= 1e-9
+    )
+    expected = whole(model, ids, 20)
+    new = new_cache(model, into)
+    for target in (cache, new, cache, new):
+        target.restore(snapshot)
+        assert int(target.get_seq_length()) == 20
+        assert relative_difference(going_on(model, target, ids[:, 20:]), expected) <= 1e-9
+
+
+@pytest.mark.parametrize("kind", ["growing", "static"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_file_goes_on_as_the_text_would(family, kind, tmp_path):
+    """Through a file, by a model of the same weights made anew; left-padded rows with their mask."""
+    model, ids = small_model(family), tokens(3, 30)
+    mask = torch.ones(3, 30, dtype=torch.int64)
+    mask[1, :7] = 0
+    cache = new_cache(model, kind)
+    with torch.no_grad():
+        model(ids[:, :20], attention_mask=mask[:, :20], cache=cache)
+        expected = model(ids, attention_mask=mask, use_cache=False).logits[:, 20:]
+    cache.save(tmp_path / "state.safetensors", model=model, token_ids=ids[:, :20])
+    again = small_model(family)
+    for room in (None, 40):
+        loaded = NemotronHCache.load(tmp_path / "state.safetensors", again, token_ids=ids[:, :20], max_cache_len=room)
+        assert int(loaded.get_seq_length()) == 20 and loaded.batch_size == 3
+        with torch.no_grad():
+            logits = again(ids[:, 20:], attention_mask=mask, cache=loaded).logits
+        assert relative_difference(logits, expected) <= 1e-9
+    assert os.listdir(tmp_path) == ["state.safetensors"]
+
+
+@pytest.mark.parametrize("state", ["float32", "bfloat16"])
+def test_half_precision_is_bit_for_bit(state, tmp_path):
+    model = small_model("dense", torch.bfloat16, mamba_ssm_cache_dtype=state)
+    ids = tokens(2, 30)
+    cache = filled(model, ids[:, :20])
+    cache.save(tmp_path / "a", model=model)
+    loaded = NemotronHCache.load(tmp_path / "a", model)
+    for a, b in zip(tensors(cache), tensors(loaded), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    assert {tensor.dtype for tensor in tensors(loaded)} == {torch.bfloat16, getattr(torch, state)}
+    assert torch.equal(going_on(model, loaded, ids[:, 20:]), going_on(model, cache, ids[:, 20:]))
+
+
+def test_gradients_after_a_restored_state():
+    model, ids = small_model("dense"), tokens(2, 16)
+    snapshot = filled(model, ids[:, :10]).snapshot()
+    weight = model.model.layers[-1].mixer.up_proj.weight
+    cache = new_cache(model)
+    cache.restore(snapshot)
+    (found,) = torch.autograd.grad(model(ids[:, 10:], cache=cache).logits.sin().sum(), weight)
+    (expected,) = torch.autograd.grad(model(ids, use_cache=False).logits[:, 10:].sin().sum(), weight)
+    assert relative_difference(found, expected) <= 1e-9
+
+
+@torch.no_grad()
+def test_nothing_writes_into_a_snapshot():
+    for family in FAMILIES:
+        model, ids = small_model(family), tokens(2, 40)
+        cache = filled(model, ids[:, :10])
+        model(ids[:, 10:11], cache=cache)  # room after the keys
+        snapshot = cache.snapshot()
+        before = [tensor.clone() for tensor in snapshot.tensors()]
+        going_on(model, cache, ids[:, 11:20])
+        cache.reorder_cache(torch.tensor([1, 0]))
+        cache.reset()
+        other = new_cache(model)
+        other.restore(snapshot)
+        going_on(model, other, ids[:, 20:30])
+        other.batch_repeat_interleave(2)
+        assert all(torch.equal(a, b) for a, b in zip(before, snapshot.tensors(), strict=True))
+
+
+@torch.no_grad()
+def test_what_is_recorded_stays_behind(tmp_path):
+    """After restore and load nothing before can be taken back; what comes after can, where it is recorded."""
+    model, ids = small_model("dense"), tokens(1, 20)
+    cache = filled(model, ids[:, :10])
+    cache.activate_past_recording()
+    going_on(model, cache, ids[:, 10:15])
+    snapshot = cache.snapshot()
+    cache.save(tmp_path / "a", model=model)
+    loaded = NemotronHCache.load(tmp_path / "a", model)
+    loaded.activate_past_recording()
+    cache.restore(snapshot)
+    for target in (cache, loaded):
+        with pytest.raises(RuntimeError, match="asks a Mamba layer to forget 1 tokens and 0 are recorded"):
+            target.crop(-1)
+        model(tokens(1, 3, seed=5), cache=target)
+        target.crop(-3)
+        assert relative_difference(going_on(model, target, ids[:, 15:]), whole(model, ids, 15)) <= 1e-9
+
+
+def test_the_size_does_not_grow_with_the_text(tmp_path):
+    """Of a model without attention, bit for bit the number that the config says; with it, by the keys alone."""
+    for family in ("mamba", "dense"):
+        model = small_model(family)
+        config = model.config
+        window = config.conv_dim * (config.conv_kernel - 1)
+        state = config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size
+        sizes = {}
+        for length in (30, 300):
+            cache = filled(model, tokens(1, length))
+            mamba = config.layers_block_type.count("mamba") * 8 * (window + state)
+            keys = config.layers_block_type.count("attention") * 8 * 2 * config.num_key_value_heads * config.head_dim
+            assert cache.snapshot().nbytes == mamba + keys * length
+            cache.save(tmp_path / str(length), model=model)
+            sizes[length] = (tmp_path / str(length)).stat().st_size
+        assert abs(sizes[300] - sizes[30] - 270 * keys) <= 64, sizes  # the header's numbers
+
+
+def test_an_empty_cache():
+    model = small_model("dense")
+    snapshot = new_cache(model).snapshot()
+    assert (snapshot.length, snapshot.nbytes, snapshot.batch_size) == (0, 0, -1)
+    for kind in ("growing", "static"):
+        cache = filled(model, tokens(2, 10), kind)
+        cache.restore(snapshot)
+        assert int(cache.get_seq_length()) == 0
+        ids = tokens(2, 12, seed=4)
+        assert relative_difference(going_on(model, cache, ids), whole(model, ids, 0)) <= 1e-9
+    with pytest.raises(ValueError, match="The cache is empty: there is nothing to save"):
+        new_cache(model).save("nowhere", model=model)
+
+
+def refused(cache, snapshot, match):
+    before = [tensor.clone() for tensor in tensors(cache)]
+    length = int(cache.get_seq_length())
+    with pytest.raises(ValueError, match=match) as error:
+        cache.restore(snapshot)
+    assert "\n" not in str(error.value)
+    assert int(cache.get_seq_length()) == length
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors(cache), strict=True))
+
+
+def test_a_snapshot_that_does_not_fit_changes_nothing():
+    model, ids = small_model("dense"), tokens(2, 20)
+    snapshot = filled(model, ids).snapshot()
+    refused(
+        filled(small_model("moe"), ids), snapshot, r"with the pattern M-M\*-M- and the cache is of one with MEM\*EME"
+    )
+    short = NemotronHCache(model.config, max_cache_len=15)
+    with torch.no_grad():
+        model(ids[:, :9], cache=short)
+    refused(short, snapshot, "holds 20 tokens and the static cache has room for 15: make it longer")
+    refused(filled(model, ids[:1], "static"), snapshot, r"buffers take float64 \(1, ")
+    halves = small_model("dense", torch.float32, mamba_ssm_cache_dtype="bfloat16")
+    singles = filled(small_model("dense", torch.float32), ids).snapshot()
+    refused(filled(halves, ids), singles, "SSM states are float32 and the cache keeps bfloat16: set mamba_ssm_cache")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A model, the ids and the file of its state."""
+    model, ids = small_model("dense"), tokens(1, 20)
+    path = tmp_path / "state.safetensors"
+    filled(model, ids).save(path, model=model, token_ids=ids)
+    return model, ids, path
+
+
+def rewritten(path, **changes):
+    with safe_open(path, framework="pt") as file:
+        metadata = {**file.metadata(), **changes}
+    save_file(load_file(path), path, metadata=metadata)
+
+
+def load_refused(path, model, match, **options):
+    with pytest.raises(ValueError, match=match) as error:
+        NemotronHCache.load(path, model, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_cut(saved):
+    model, _ids, path = saved
+    whole_file = path.read_bytes()
+    for length in (0, 4, 8, 100, len(whole_file) // 2, len(whole_file) - 1):
+        path.write_bytes(whole_file[:length])
+        load_refused(path, model, "is cut or no saved cache .*: save the cache again")
+    path.write_bytes(whole_file)
+    NemotronHCache.load(path, model)
+    with pytest.raises(FileNotFoundError):
+        NemotronHCache.load(path.with_name("nowhere"), model)
+    save_file({"a": torch.zeros(2)}, path)
+    load_refused(path, model, "is a safetensors file but no saved cache")
+
+
+def test_files_of_another_model(saved):
+    model, _ids, path = saved
+    load_refused(path, small_model("moe"), r"whose pattern is M-M\*-M- and this one's is MEM\*EME")
+    load_refused(path, small_model("dense", ssm_state_size=8), "whose ssm_state_size is 16 and this one's is 8")
+    load_refused(path, small_model("dense", seed=1), "the same config and other weights")
+    load_refused(path, small_model("dense").float(), "saved by a float64 model and this one is float32")
+    NemotronHCache.load(path, model.config)  # a config has no weights
+    one_step = small_model("dense")
+    optimizer = torch.optim.SGD(one_step.parameters(), lr=1e-3)
+    one_step(tokens(1, 9), labels=tokens(1, 9)).loss.backward()
+    optimizer.step()
+    load_refused(path, one_step, "the same config and other weights")
+    single = small_model("dense", torch.float32)
+    filled(single, tokens(1, 9)).save(path, model=single)
+    other = small_model("dense", torch.float32, mamba_ssm_cache_dtype="bfloat16")
+    load_refused(path, other, "has float32 SSM states and this config keeps bfloat16")
+    load_refused(path, {"a": 1}, "not with a dict: pass model=model")
+
+
+def test_files_of_another_version(saved):
+    model, _ids, path = saved
+    rewritten(path, version="0")
+    load_refused(path, model, "of format version 0 and this package reads version 1: save the cache again")
+    rewritten(path, version="2")
+    load_refused(path, model, "of format version 2 and this package reads version 1: install a newer nemotron-h")
+
+
+def test_files_of_another_text(saved):
+    model, ids, path = saved
+    NemotronHCache.load(path, model, token_ids=ids)
+    NemotronHCache.load(path, model, token_ids=ids[0].tolist())
+    load_refused(path, model, "after 20 tokens and token_ids has 19", token_ids=ids[:, :19])
+    load_refused(path, model, "after 20 other tokens", token_ids=tokens(1, 20, seed=3))
+    with pytest.raises(ValueError, match="token_ids has 3 tokens and the cache has seen 20"):
+        filled(model, ids).save(path, model=model, token_ids=[1, 2, 3])
+    with pytest.raises(ValueError, match=r"pattern M-M\*-M- and the model's is MM-M"):
+        filled(model, ids).save(path, model=small_model("mamba"))
+    NemotronHCache.load(path, model, token_ids=ids)  # what was refused left the file alone
+
+
+def test_what_a_file_says_of_itself(saved):
+    _model, _ids, path = saved
+    with safe_open(path, framework="pt") as file:
+        found = file.metadata()
+    assert found["pattern"] == "M-M*-M-" and found["dtype"] == "float64" and found["token_count"] == "20"
+    assert found["version"] == "1" and json.loads(found["config"])["hidden_size"] == 32
+    assert len(found["weights"]) == len(found["tokens"]) == 64
+
+
+def test_a_wrapped_model(saved):
+    peft = pytest.importorskip("peft")
+    model, ids, path = saved
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["in_proj"], init_lora_weights=False))
+    load_refused(path, adapted, "other weights")
+    cache = NemotronHCache(model.config)
+    with torch.no_grad():
+        adapted(input_ids=ids, cache=cache)
+    cache.save(path, model=adapted)
+    loaded = NemotronHCache.load(path, adapted)
+    with torch.no_grad():
+        logits = adapted(input_ids=ids[:, :3], cache=loaded).logits
+        expected = adapted(input_ids=torch.cat([ids, ids[:, :3]], 1), use_cache=False).logits[:, 20:]
+    assert relative_difference(logits, expected) <= 1e-9
+
+
+def test_a_kill_in_the_middle_of_a_save_leaves_the_old_file(saved, tmp_path):
+    """A process writes the file over and over, of a longer text; it is killed while a temporary file is half there."""
+    model, ids, path = saved
+    model.save_pretrained(tmp_path / "model")
+    old = path.read_bytes()
+    script = textwrap.dedent("""
+        import sys, time, torch, nemotron_h
+        from nemotron_h import NemotronHCache, NemotronHForCausalLM, snapshots
+        torch.set_num_threads(1)
+        model = NemotronHForCausalLM.from_pretrained(sys.argv[1]).eval()
+        cache = NemotronHCache(model.config)
+        with torch.no_grad():
+            model(torch.arange(3, 63)[None], cache=cache)
+        real = snapshots.save_file
+        def slowly(tensors, name, metadata):
+            real(tensors, name, metadata=metadata)
+            data = open(name, "rb").read()
+            with open(name, "wb") as file:  # as a slow disk would: half of it, and no more for a long time
+                file.write(data[: len(data) // 2])
+                file.flush()
+                print("half", flush=True)
+                time.sleep(60)
+        snapshots.save_file = slowly
+        cache.save(sys.argv[2], model=model)
+    """)
+    command = [sys.executable, "-c", script, str(tmp_path / "model"), str(path)]
+    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout.readline().strip() == "half"
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=30)
+    assert path.read_bytes() == old
+    NemotronHCache.load(path, model, token_ids=ids)
+    # What is left behind is in nobody's way.
+    cache = filled(model, tokens(1, 25))
+    cache.save(path, model=model)
+    assert int(NemotronHCache.load(path, model).get_seq_length()) == 25
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "state.safetensors"]
+
+
+def test_a_save_that_fails_leaves_the_old_file(saved, monkeypatch):
+    model, ids, path = saved
+    old = path.read_bytes()
+
+    def full(tensors, name, metadata):
+        name.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("nemotron_h.snapshots.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        filled(model, ids).save(path, model=model)
+    assert path.read_bytes() == old and os.listdir(path.parent) == [path.name]
