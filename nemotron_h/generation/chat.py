@@ -95,6 +95,12 @@ class Chat:
     ) -> Reply:
         """Generate a reply to `text`, each piece going to `streamer` as it comes."""
         prompt = self.render(text, system=system, think=think)
+        return self.generate(text, prompt, streamer=streamer, **generate_kwargs)
+
+    def generate(
+        self, text: str, prompt: str, *, streamer: ReasoningStreamer | None = None, **generate_kwargs: Any
+    ) -> Reply:
+        """As `ask`, of a prompt that is rendered already; `text` is what the reply says it answers."""
         # A template writes its own special tokens; a bare text gets the tokenizer's.
         inputs = self.tokenizer(prompt, add_special_tokens=not self.has_template, return_tensors="pt")
         inputs = inputs.to(self.model.device)

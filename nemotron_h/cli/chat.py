@@ -1,0 +1,131 @@
+"""`nemotron-h chat`: a conversation, line by line, that computes only what a turn adds."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .arguments import DeviceOption, DtypeOption, ModelOption, load_chat, parse_size, size
+from .generate import sampling_arguments, streamer_for
+
+if TYPE_CHECKING:
+    from ..generation.conversation import Conversation, Turn
+
+NAME = "chat"
+HELP = """Talk with a model, a line at a time. Its state is kept between turns, so a turn costs what it adds.
+
+/quit leaves, /reset starts over, /think and /no_think switch the reasoning, /cache says what is kept.
+"""
+EXAMPLE = "Example: nemotron-h chat --no-think"
+
+
+def run(
+    model: ModelOption = None,
+    think: Annotated[bool, typer.Option("--think/--no-think", help="Reason before the answer, or not.")] = True,
+    system: Annotated[str | None, typer.Option(help="A system text.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop an answer after this many tokens.")] = 512,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="Sample; 0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest mass.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k likeliest tokens.")] = None,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="Always take the likeliest token.  [default: as the model's config says]")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    cache_size: Annotated[str, typer.Option(metavar="BYTES", help="Memory for kept states, as 2GiB.")] = "2GiB",
+    cache_folder: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Keep states there too; the next conversation finds them.")
+    ] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a turn and nothing else.")] = False,
+) -> None:
+    sampling = {"max_new_tokens": max_new_tokens, **sampling_arguments(greedy, temperature, top_p, top_k)}
+    budget = parse_size(cache_size)
+    chat = load_chat(model, dtype, device)
+    from ..generation.conversation import Conversation
+    from ..prompt_cache import PromptCache
+
+    if seed is not None:
+        from transformers import set_seed
+
+        set_seed(seed)
+    conversation = Conversation(chat, system=system, think=think, prompt_cache=PromptCache(budget, folder=cache_folder))
+    notes = Console(stderr=True)
+    asking = sys.stdin.isatty() and not as_json
+    if asking:
+        notes.print("/quit leaves, /reset starts over, /think and /no_think switch the reasoning.", style="dim")
+    if not chat.has_template and not as_json:
+        notes.print("This model has no chat template: the text is continued as it is.", style="dim")
+    while (line := _line(asking)) is not None:
+        if not line.strip():
+            continue
+        if line.startswith("/"):
+            if not _command(line.strip(), conversation, notes):
+                break
+            continue
+        _turn(conversation, line, sampling, notes, as_json)
+    if cache_folder is not None:
+        conversation.prompt_cache.flush(chat.model)
+
+
+def _line(asking: bool) -> str | None:
+    """The next line without its end; None at the end of the input."""
+    if asking:
+        try:
+            return input("> ")
+        except (EOFError, KeyboardInterrupt):
+            return None
+    line = sys.stdin.readline()
+    return line.rstrip("\n") if line else None
+
+
+def _command(command: str, conversation: Conversation, notes: Console) -> bool:
+    """Do what a line that begins with / says; False: leave."""
+    if command in ("/quit", "/exit"):
+        return False
+    if command == "/reset":
+        conversation.reset()
+        notes.print("A new conversation.", style="dim")
+    elif command in ("/think", "/no_think"):
+        conversation.think = command == "/think"
+        notes.print(f"Reasoning is {'on' if conversation.think else 'off'}.", style="dim")
+    elif command == "/cache":
+        cache = conversation.prompt_cache
+        notes.print(f"{len(cache)} states, {size(cache.nbytes)} of {size(cache.max_bytes)}.", style="dim")
+    else:
+        notes.print(f"There is no {command}: /quit, /reset, /think, /no_think, /cache.", style="yellow", markup=False)
+    return True
+
+
+def _turn(conversation: Conversation, text: str, sampling: dict[str, Any], notes: Console, as_json: bool) -> None:
+    streamer = None if as_json else streamer_for(Console(), conversation.chat)
+    try:
+        turn = conversation.say(text, streamer=streamer, **sampling)
+    except KeyboardInterrupt:
+        notes.print("\nStopped; this turn is not part of the conversation.", style="yellow")
+        return
+    if as_json:
+        typer.echo(json.dumps(_as_dict(turn), ensure_ascii=False))
+        return
+    reply = turn.reply
+    if not reply.finished:
+        notes.print(f"Cut off after {reply.tokens} tokens; --max-new-tokens raises the limit.", style="yellow")
+    notes.print(
+        f"{reply.tokens} tokens in {reply.seconds:.2f} s after {turn.prompt_tokens}, {turn.reused} of them kept",
+        style="dim",
+    )
+
+
+def _as_dict(turn: Turn) -> dict[str, Any]:
+    speed = round(turn.reply.tokens_per_second, 2)
+    return {
+        **asdict(turn.reply),
+        "tokens_per_second": speed,
+        "prompt_tokens": turn.prompt_tokens,
+        "reused_tokens": turn.reused,
+    }
