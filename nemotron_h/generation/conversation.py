@@ -54,8 +54,8 @@ class Conversation:
 
     def say(self, text: str, *, streamer: ReasoningStreamer | None = None, **generate_kwargs: Any) -> Turn:
         """Generate the answer to `text`, each piece going to `streamer` as it comes. An error leaves all as it was."""
-        prompt, beginning = self._prompt(text)
-        ids, boundary = self._ids(prompt), self._common(prompt, beginning)
+        prompt, later = self._prompt(text)
+        ids, boundary = self._ids(prompt), self._common(prompt, later)
         cache = self.prompt_cache
         before = cache.tokens_reused
         reply = self.chat.generate(
@@ -76,25 +76,27 @@ class Conversation:
         return Turn(reply, len(ids), cache.tokens_reused - before)
 
     def _prompt(self, text: str) -> tuple[str, str]:
-        """The turn's prompt, and the part of it before the answer."""
+        """The turn's prompt, and that of a turn after it: what they begin with alike is worth keeping."""
         if not self.chat.has_template:
             return self.text + text, self.text + text
         tokenizer = self.chat.tokenizer
-        messages: list[dict[str, Any]] = [*self.messages, {"role": "user", "content": text}]
-        messages, arguments = reasoning_switch(messages, self.think, tokenizer.get_chat_template())
-        prompt, beginning = (
-            str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked, **arguments))
-            for asked in (True, False)
-        )
-        return prompt, beginning
+        now: list[dict[str, Any]] = [*self.messages, {"role": "user", "content": text}]
+        later = [*now, {"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]
+
+        def rendered(messages: list[dict[str, Any]]) -> str:
+            messages, arguments = reasoning_switch(messages, self.think, tokenizer.get_chat_template())
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **arguments))
+
+        return rendered(now), rendered(later)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.chat.tokenizer(text, add_special_tokens=not self.chat.has_template)["input_ids"])
 
-    def _common(self, prompt: str, beginning: str) -> int:
-        """Tokens that both begin with: a token may reach over the end of the shorter text."""
-        pairs = zip(self._ids(prompt), self._ids(beginning), strict=False)
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), len(self._ids(beginning)))
+    def _common(self, prompt: str, later: str) -> int:
+        """Tokens that both begin with."""
+        ours, theirs = self._ids(prompt), self._ids(later)
+        differ = (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
+        return next(differ, min(len(ours), len(theirs)))
 
 
 __all__ = ["Conversation", "Turn"]
