@@ -12,7 +12,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 
-def launch(work: Any, folder: Path, *args: Any, world: int = 2, seconds: float = 120) -> list[Any]:
+def launch(work: Any, folder: Path, *args: Any, world: int = 2, seconds: float = 300) -> list[Any]:
     """`work(rank, folder, *args)` in each of `world` processes: what it returns, rank by rank.
 
     `work` must be a function of a module. An exception in one process ends all and is raised here.

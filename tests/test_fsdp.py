@@ -1,5 +1,7 @@
 """FSDP2: two processes are one, in loss, gradients and the saved state, by accelerate and by transformers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from families import small_model, tokens
@@ -203,3 +205,18 @@ def test_transformers_own_fsdp2(runs):
     assert before.keys() == after.keys()
     for name in before:
         assert torch.equal(before[name].to(after[name].dtype), after[name]), name
+
+
+def test_the_example_is_a_configuration_of_accelerate():
+    from accelerate.commands.config.config_args import ClusterConfig
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    # refuses keys that it does not know
+    config = ClusterConfig.from_yaml_file(Path(__file__).parents[1] / "examples" / "fsdp.yaml")
+    settings = {name.removeprefix("fsdp_"): value for name, value in config.fsdp_config.items()}
+    wrapped = settings.pop("transformer_layer_cls_to_wrap")
+    version = settings.pop("version")
+    settings |= {"cpu_offload": settings.pop("offload_params"), "fsdp_version": version}
+    plugin = FullyShardedDataParallelPlugin(**settings, transformer_cls_names_to_wrap=[wrapped])
+    plugin.set_auto_wrap_policy(model_of("dense"))
+    assert [kind.__name__ for kind in plugin.auto_wrap_policy.keywords["transformer_layer_cls"]] == ["NemotronHBlock"]
