@@ -21,15 +21,14 @@ For a model and data of your own: ``--model`` and ``--data``, a JSONL file of {"
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import time
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from finetuning import accuracy, plot_loss, read_jsonl, same_from_plain_transformers, write_folder, write_json
 from halves import FILES
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from trl import SFTConfig, SFTTrainer
 
 import nemotron_h
 from nemotron_h.bundled import WORD_PROBLEMS
@@ -67,7 +66,11 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train(arguments: argparse.Namespace, tokenizer) -> SFTTrainer:
+def train(arguments: argparse.Namespace, tokenizer):
+    """The trainer, after its work."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
     model = AutoModelForCausalLM.from_pretrained(
         arguments.model, **({"quantize": arguments.quantize} if arguments.quantize else {})
     )
@@ -117,6 +120,9 @@ def merged_model(arguments: argparse.Namespace):
 
 def main() -> None:
     arguments = parse()
+    missing = [name for name in ("trl", "datasets", "peft") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(f"This example needs {', '.join(missing)}: pip install {' '.join(missing)}")
     set_seed(arguments.seed)
     started = time.monotonic()
     arguments.output.mkdir(parents=True, exist_ok=True)

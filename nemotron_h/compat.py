@@ -10,13 +10,15 @@ import functools
 import inspect
 import sys
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import cache_utils
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+
+_C = TypeVar("_C")
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """Every spelling of the cache argument: transformers >= 5.24, transformers < 5.24, NVIDIA's remote code."""
@@ -55,6 +57,10 @@ def causal_mask(
     return create_causal_mask(config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
 
 
+WANT_PLAIN_LINEARS = ("bitsandbytes", "fp8")
+"""Quantisation methods whose code in `transformers` asks for `type(module) is nn.Linear` and passes over a subclass."""
+
+
 def let_peft_adapt() -> None:
     """Let PEFT adapt what its rules for Mamba models forbid and what it does not know, once it is imported; idempotent.
 
@@ -62,8 +68,8 @@ def let_peft_adapt() -> None:
     that weight to a fused kernel, past the adapter. This package's classes call `out_proj` as a module, whatever kernel
     runs, so for their instances, and for that name only, the check is passed over; `conv1d` stays refused, and so does
     either name in `transformers`' own class. There is no other way in: the check is a function of PEFT's that reads
-    `config.model_type`. The same call is the last before an adapter is made and knows PEFT's config, so packed experts,
-    whose integers PEFT cannot adapt, get this package's wrapper there (`lora.packed_experts`).
+    `config.model_type`. The same call is the last before an adapter is made and knows PEFT's config, so packed
+    weights, which PEFT would not treat rightly, get the classes of `lora.packed_layers` there.
     """
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     check = getattr(tuners, "_check_lora_target_modules_mamba", None)
@@ -75,10 +81,10 @@ def let_peft_adapt() -> None:
         from .modeling import NemotronHPreTrainedModel
 
         if isinstance(model, NemotronHPreTrainedModel):
-            if target_name == "experts" and hasattr(peft_config, "_register_custom_module"):
-                from .lora import packed_experts
+            if hasattr(peft_config, "_register_custom_module"):
+                from .lora import packed_layers
 
-                peft_config._register_custom_module(packed_experts())
+                peft_config._register_custom_module(packed_layers())
             if target_name == "out_proj":
                 return
         check(peft_config, model, target_name)
@@ -90,20 +96,21 @@ def _alias(name: str) -> property:
     return property(lambda self: getattr(self, CACHE_NAME), doc=f"`{CACHE_NAME}` under its other name.")
 
 
-def _with_every_cache_name(cls: type) -> type:
+def with_every_cache_name(cls: type[_C]) -> type[_C]:
+    """A class of outputs whose cache answers to every one of `CACHE_NAMES`."""
     for name in CACHE_NAMES:
         if name != CACHE_NAME and not hasattr(cls, name):
             setattr(cls, name, _alias(name))
     return cls
 
 
-@_with_every_cache_name
+@with_every_cache_name
 @dataclass
 class NemotronHModelOutput(MoeModelOutputWithPast):
     """`MoeModelOutputWithPast` whose cache answers to `cache`, `past_key_values` and `cache_params`."""
 
 
-@_with_every_cache_name
+@with_every_cache_name
 @dataclass
 class NemotronHCausalLMOutput(MoeCausalLMOutputWithPast):
     """`MoeCausalLMOutputWithPast` whose cache answers to `cache`, `past_key_values` and `cache_params`."""
@@ -112,6 +119,7 @@ class NemotronHCausalLMOutput(MoeCausalLMOutputWithPast):
 __all__ = [
     "CACHE_NAME",
     "CACHE_NAMES",
+    "WANT_PLAIN_LINEARS",
     "DummyLayer",
     "NemotronHCausalLMOutput",
     "NemotronHModelOutput",

@@ -328,12 +328,13 @@ def _unmatched(config: LoraConfig, adapted: list[str]) -> Iterator[str]:
             yield name
 
 
-def packed_experts() -> dict[type[nn.Module], type[nn.Module]]:
-    """Module classes that PEFT cannot adapt, each with the wrapper for it."""
-    from .lora_packed import ParamWrapper
-    from .quantization import PackedExperts
+def packed_layers() -> dict[type[nn.Module], type[nn.Module]]:
+    """Module classes whose packed weights PEFT would not treat rightly, each with the adapter's class for it."""
+    from .lora_packed import Linear, ParamWrapper
+    from .modelopt_quantizer import LowPrecisionLinear
+    from .quantization import PackedExperts, QuantizedLinear
 
-    return {PackedExperts: ParamWrapper}
+    return {PackedExperts: ParamWrapper, QuantizedLinear: Linear, LowPrecisionLinear: Linear}
 
 
-__all__ = ["KINDS", "LoraCoverage", "lora_config", "lora_coverage", "packed_experts"]
+__all__ = ["KINDS", "LoraCoverage", "lora_config", "lora_coverage", "packed_layers"]

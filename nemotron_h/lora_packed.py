@@ -1,4 +1,4 @@
-"""LoRA on routed experts whose weights are packed (int8, int4, FP8, NVFP4). Needs PEFT.
+"""LoRA on packed weights (int8, int4, FP8, NVFP4): routed experts, and what merging into any of them says. Needs PEFT.
 
 PEFT adapts a 3-D parameter W by running its module with W + B A in W's place, which integers cannot hold. Here the rows
 that an expert gets go through A and B beside the packed weight, y = W x + s B (A x), and W + B A is never made. Names,
@@ -14,7 +14,7 @@ from typing import Any, NoReturn, cast
 
 import torch
 from peft.tuners.lora import layer as lora_layer
-from torch import Tensor
+from torch import Tensor, nn
 
 from .quantization import PackedExperts
 
@@ -62,10 +62,24 @@ class ParamWrapper(lora_layer.ParamWrapper):
         return torch.cat(pieces) * self.scaling[adapter]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
-        raise ValueError(
-            "An adapter cannot be merged into packed experts without rounding it away: load the model without "
-            "quantisation (or call model.dequantize() on it before it is wrapped), open the adapter there and merge."
-        )
+        _refuse_merging(self.get_base_layer())
 
 
-__all__ = ["ParamWrapper"]
+class Linear(lora_layer.Linear):
+    """PEFT's adapter of a linear layer, which packed weights take as they are; only merging is another matter."""
+
+    def __init__(self, *args: Any, parameter_name: str | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
+        _refuse_merging(self.get_base_layer())
+
+
+def _refuse_merging(base: nn.Module) -> NoReturn:
+    raise ValueError(
+        f"An adapter cannot be merged into packed weights ({type(base).__name__}) without rounding much of it away: "
+        "load the model without quantisation, or dequantize() it before it is wrapped, then open the adapter and merge."
+    )
+
+
+__all__ = ["Linear", "ParamWrapper"]

@@ -45,6 +45,7 @@ from .checkpoints import published
 from .compat import (
     CACHE_NAME,
     CACHE_NAMES,
+    WANT_PLAIN_LINEARS,
     NemotronHCausalLMOutput,
     NemotronHModelOutput,
     causal_mask,
@@ -526,6 +527,15 @@ class NemotronHPreTrainedModel(Distributed, PreTrainedModel):
         """`nn.Module.load_state_dict`, which also takes the published names: Trainer reads the files of its own
         checkpoints with it when it resumes."""
         return super().load_state_dict(published.in_memory(state_dict, self), strict=strict, assign=assign)
+
+    def post_init(self) -> None:
+        """`PreTrainedModel.post_init`, for a model that will be quantised by somebody else as well."""
+        super().post_init()
+        method = getattr(getattr(self.config, "quantization_config", None), "quant_method", None)
+        if method in WANT_PLAIN_LINEARS:
+            for module in self.modules():
+                if type(module) is NemotronHLinear:
+                    module.__class__ = nn.Linear  # type: ignore[assignment]
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Any:
         """`nn.Module.named_modules`. PEFT looks for its targets here: the moment to tell it what it may adapt."""

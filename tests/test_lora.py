@@ -6,6 +6,7 @@ rule from those weights' gradients to A's and B's.
 
 from __future__ import annotations
 
+import copy
 import re
 import subprocess
 import sys
@@ -16,8 +17,8 @@ import torch
 from families import relative_difference, small_model, tokens
 from transformers import AutoModelForCausalLM
 
-import nemotron_h
 from nemotron_h import NemotronHForCausalLM, NemotronHForSequenceClassification, lora_config, lora_coverage
+from nemotron_h.layers import NemotronHLinear
 
 peft = pytest.importorskip("peft", minversion="0.20", reason="stacked experts lie in memory as since PEFT 0.20")
 
@@ -437,8 +438,11 @@ def test_adapters_on_packed_experts(family, quantize, tmp_path):
     model(ids, labels=ids).loss.backward()
     for name, parameter in trained.items():
         assert relative_difference(parameter.grad, gradients[name], record=False) <= 1e-7, name
-    with pytest.raises(ValueError, match=r"cannot be merged into packed experts.*dequantize"):
-        model.base_model.model.model.layers[1].mixer.experts.merge()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for layer in (model.base_model.model.model.layers[1].mixer.experts, model):
+        with pytest.raises(ValueError, match=r"cannot be merged into packed weights .*without quantisation"):
+            layer.merge() if layer is not model else layer.merge_and_unload()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_an_adapter_goes_from_packed_experts_to_plain_ones_and_back(tmp_path):
@@ -474,16 +478,46 @@ def test_two_adapters_on_packed_experts(tmp_path):
     assert torch.equal(logits(wrapped, ids), first)
 
 
-def test_bitsandbytes_covers_linear_layers(tmp_path):
+def test_linear_layers_are_plain_for_libraries_that_know_no_others():
+    """Up to 5.24 `transformers` puts bitsandbytes' layers in the place of `nn.Linear`, and of no subclass of it."""
+    from transformers import BitsAndBytesConfig
+
+    ours = small_model("latent", torch.float32)
+    config = copy.deepcopy(ours.config)
+    config.quantization_config = BitsAndBytesConfig()
+    model = NemotronHForCausalLM(config).eval()
+    assert {type(m) for m in model.modules() if isinstance(m, torch.nn.Linear)} == {torch.nn.Linear}
+    assert {type(m) for m in ours.modules() if isinstance(m, torch.nn.Linear)} == {NemotronHLinear}
+    model.load_state_dict(ours.state_dict())
+    assert relative_difference(logits(model, tokens(2, 12)), logits(ours, tokens(2, 12)), record=False) <= 1e-5
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes_covers_linear_layers(bits, tmp_path):
     """Its classes replace linear layers alone: routed experts stay as they are, and take PEFT's wrapper."""
-    pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
+    bnb = pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
     from transformers import BitsAndBytesConfig
 
     small_model("moe", torch.float32).save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
-    wrapped = wrap(model)
+    settings = BitsAndBytesConfig(load_in_4bit=True) if bits == 4 else BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings, dtype=torch.float32)
+    kind = bnb.nn.Linear4bit if bits == 4 else bnb.nn.Linear8bitLt
+    linears = [name for name, module in model.named_modules() if isinstance(module, kind)]
+    expected = [n.removesuffix(".weight") for n in expected_names(model, "all-linear") if n.endswith(".weight")]
+    assert sorted(linears) == sorted(expected)
+    assert type(model) is NemotronHForCausalLM
     ids = tokens(2, 12)
+    if bits == 4:
+        plain = NemotronHForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+        for name in linears:
+            packed = model.get_submodule(name).weight
+            weight = bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
+            plain.get_submodule(name).weight.data = weight.float()
+        assert relative_difference(logits(model, ids), logits(plain, ids), record=False) <= 1e-4
+    wrapped = wrap(model)
     wrapped.train()(ids, labels=ids).loss.backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in wrapped.parameters() if p.requires_grad)
+    trained = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * len(expected_names(small_model("moe"), "all-linear"))
+    assert not [name for name, p in trained.items() if p.grad is None or not p.grad.abs().max() > 0]
     assert lora_coverage(wrapped).adapted_layers == 7
-    assert nemotron_h.__name__ in type(model).__module__
+    assert wrapped.generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape == (2, 15)

@@ -347,6 +347,31 @@ def test_lora(kind, oracle, tmp_path):
     torch.testing.assert_close(again(ids).logits, adapted(ids).logits, atol=1e-4, rtol=1e-3)
 
 
+def test_lora_on_packed_experts_is_that_on_the_dequantised_ones(oracle):
+    from nemotron_h import lora_config
+
+    gradients = {}
+    for how in ("packed", None):
+        model = AutoModelForCausalLM.from_pretrained(
+            oracle("mixed").path, dtype=torch.float64, **({"quantized": how} if how else {})
+        )
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(model, lora_config(model, r=2, report=False))
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data = torch.randn(parameter.shape, dtype=torch.float64) * 0.05
+        adapted(tokens(2, 8), labels=tokens(2, 8)).loss.backward()
+        gradients[how] = {n: p.grad for n, p in adapted.named_parameters() if p.requires_grad}
+        assert sum("mixer.experts." in name for name in gradients[how]) == 12  # A and B of two weights in three layers
+        if how:
+            with pytest.raises(ValueError, match="cannot be merged into packed weights"):
+                adapted.merge_adapter()
+    assert gradients["packed"].keys() == gradients[None].keys()
+    for name, gradient in gradients[None].items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(gradients["packed"][name], gradient, rtol=1e-6, atol=1e-8 * scale)
+
+
 def test_gradient_to_the_input(oracle):
     folder = oracle("nvfp4-all")
     gradients = []
@@ -677,3 +702,14 @@ def test_the_bundled_model_still_solves_problems(tmp_path, capsys):
     with capsys.disabled():
         print(f"\nbundled model: right {right} of {len(problems)}")
     assert right["plain"] >= 13 and right["fp8"] >= right["plain"] - 1 and right["nvfp4"] >= right["plain"] - 2
+
+
+def test_numbers_that_float16_cannot_hold(tmp_path):
+    model = small_model("dense", dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[0].mixer.in_proj.weight[0, 0] = 1e6
+    model.save_pretrained(tmp_path / "plain")
+    convert(formats.conversion(tmp_path / "plain", "fp8"), tmp_path / "fp8")
+    convert(formats.conversion(tmp_path / "fp8", "huggingface"), tmp_path / "bfloat16")
+    with pytest.raises(ValueError, match=r"layers.0.mixer.in_proj.weight has values that float16 cannot hold; write"):
+        convert(formats.conversion(tmp_path / "fp8", "huggingface", dtype="float16"), tmp_path / "float16")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -187,9 +188,18 @@ def test_lora_end_to_end(few, tmp_path):
     assert checked == 16 == len(adapter) // 2
 
 
-@pytest.mark.parametrize("script", ["finetune_full.py", "finetune_lora.py"])
-def test_help(script):
-    if script == "finetune_lora.py":
-        pytest.importorskip("trl", reason="pip install trl")
-    said = run(script, "--help")
+@pytest.mark.parametrize("name", ["finetune_full", "finetune_lora"])
+def test_help(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).parse()
+    said = capsys.readouterr().out
     assert all(option in said for option in ("--resume", "--output", "--push-to-hub", "--model"))
+
+
+def test_what_is_not_installed_is_said_in_one_sentence(monkeypatch):
+    script = importlib.import_module("finetune_lora")
+    monkeypatch.setattr(sys, "argv", ["finetune_lora"])
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None if name == "trl" else name)
+    with pytest.raises(SystemExit, match=r"^This example needs trl: pip install trl$"):
+        script.main()
