@@ -7,7 +7,7 @@ B batch, C convolution channels, W window (kernel - 1 columns), H Mamba heads, P
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,10 +85,18 @@ class MambaLayer(LinearAttentionCacheLayerMixin):
             # Copies: native.c moves the layer's own on in place.
             window, state = (None if t is None else t.clone() for t in (self.window_BCW, self.state_BHPN))
             self._record = _Record(window, state)
-        elif record.length > ROLLBACK // 2 or record.length + length > ROLLBACK:
-            record.advance(record.length - min(record.length, ROLLBACK // 4, ROLLBACK - length))
+        else:
+            # A draft comes token by token, and all of it may have to go; of what came before a step of several tokens,
+            # which all may, a few. The shorter the record, the less there is to replay.
+            most, kept = (ROLLBACK // 2, ROLLBACK // 4) if length > 1 else (ROLLBACK - DRAFT // 2, DRAFT)
+            if record.length > most or record.length + length > ROLLBACK:
+                record.advance(record.length - min(record.length, kept, ROLLBACK - length))
         assert self._record is not None
         return self._record
+
+    def deactivate_past_recording(self) -> None:
+        """Nothing is recorded from here on, and nothing can be taken back."""
+        self.record_past, self._record = False, None
 
     @property
     def recorded(self) -> int:
@@ -222,7 +230,10 @@ class MambaLayer(LinearAttentionCacheLayerMixin):
 
 
 ROLLBACK = 64
-"""Tokens that a Mamba layer can take back while it records."""
+"""Tokens that a Mamba layer can take back while it records, where they came in one step."""
+
+DRAFT = 32
+"""Tokens that it can take back where they came one by one."""
 
 
 class _Record:
@@ -296,6 +307,7 @@ class _Room:
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor):
         self.keys, self.values, self.filled = keys, values, 0
+        self.seen = 0  # so many tokens may be in somebody else's sight
 
 
 class GrowingLayer(DynamicLayer):
@@ -314,6 +326,35 @@ class GrowingLayer(DynamicLayer):
         self._room: _Room | None = None
         self._views: tuple[torch.Tensor, torch.Tensor] | None = None
         self.expected_length = 0  # tokens that will come: buffers are made for that many
+        self.record_past = False
+
+    def activate_past_recording(self) -> None:
+        """From here on `crop` goes back in place: tokens written after this and cropped are written over."""
+        self.record_past = True
+        self.share()
+
+    def deactivate_past_recording(self) -> None:
+        self.record_past = False
+
+    def share(self) -> None:
+        """What is held now is seen by somebody else too: it is never written over."""
+        if self._room is not None:
+            self._room.seen = self._room.filled
+
+    def __copy__(self) -> GrowingLayer:
+        self.share()
+        new = type(self).__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def crop(self, tokens_to_remove: int) -> None:
+        room, views = self._room, self._views
+        ours = room is not None and views is not None and self.keys is views[0] and self.values is views[1]
+        super().crop(tokens_to_remove)
+        if ours and self.record_past and room is not None and self.keys is not None:
+            length = self.keys.shape[-2]
+            if room.seen <= length < room.filled == views[0].shape[-2]:  # type: ignore[index]
+                room.filled, self._views = length, (self.keys, self.values)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -417,14 +458,24 @@ class NemotronHCache(Cache):
         max_cache_len: with it the cache is static: keys and values for that many tokens are allocated at the first
             update, and nothing moves afterwards (`torch.compile`, CUDA graphs). Without it, it grows.
         offloading: keep keys and values on the CPU between uses; without an accelerator that is where they are.
+        quantized: keep keys and values in few bits, in `transformers`' quantised layers: its `cache_config`, as
+            {"backend": "hqq", "nbits": 4}. Mamba states stay as they are.
     """
 
-    def __init__(self, config: NemotronHConfig, max_cache_len: int | None = None, offloading: bool = False):
+    def __init__(
+        self,
+        config: NemotronHConfig,
+        max_cache_len: int | None = None,
+        offloading: bool = False,
+        quantized: Mapping[str, Any] | None = None,
+    ):
+        if quantized is not None and max_cache_len is not None:
+            raise ValueError(f"A quantised cache grows, and max_cache_len is {max_cache_len}: leave one of them out.")
         self.kinds = config.layers_block_type
         self.config, self.is_static = config, max_cache_len is not None
         self.shown_again = 0  # tokens seen already that the next prompt begins with all the same
         super().__init__(
-            layers=[_new_layer(kind, config, max_cache_len) for kind in config.layers_block_type],
+            layers=[_new_layer(kind, config, max_cache_len, quantized) for kind in config.layers_block_type],
             offloading=offloading and torch.accelerator.is_available(),
         )
 
@@ -565,7 +616,17 @@ class NemotronHCache(Cache):
         self._check_rows_can_change()
         super().batch_select_indices(indices)
 
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """The rows of these indices, as many as there are. Raises `ValueError` for quantised layers that cannot."""
+        from .kv_quantization import check_rows
+
+        check_rows(self.layers, reorder=True)
+        super().reorder_cache(beam_idx)
+
     def _check_rows_can_change(self) -> None:
+        from .kv_quantization import check_rows
+
+        check_rows(self.layers, reorder=False)
         if self.is_static:
             raise ValueError(
                 "The cache is static, so its number of rows cannot change: repeat or select the rows of a growing "
@@ -587,6 +648,8 @@ class NemotronHCache(Cache):
 
     def nbytes(self) -> int:
         """Bytes that the cached tensors occupy, recorded ones included."""
+        from .kv_quantization import nbytes as quantised_nbytes
+
         total = 0
         for layer in self.layers:
             tensors = (
@@ -595,6 +658,9 @@ class NemotronHCache(Cache):
                 else (layer.keys, layer.values)
             )
             total += sum(tensor.nbytes for tensor in tensors if tensor is not None)
+            for name in ("_quantized_keys", "_quantized_values"):
+                if (held := getattr(layer, name, None)) is not None:
+                    total += quantised_nbytes(held)
             if isinstance(layer, MambaLayer) and layer._record is not None:
                 total += layer._record.nbytes
         return total
@@ -633,9 +699,15 @@ def check_room(cache: Cache, batch: int, length: int) -> None:
         raise ValueError(f"The static cache has room for {room} tokens and {needed} are needed: make it longer.")
 
 
-def _new_layer(kind: str, config: NemotronHConfig, max_cache_len: int | None) -> Any:
+def _new_layer(
+    kind: str, config: NemotronHConfig, max_cache_len: int | None, quantized: Mapping[str, Any] | None = None
+) -> Any:
     if kind == "mamba":
         return MambaLayer(getattr(torch, config.mamba_ssm_cache_dtype), static=max_cache_len is not None)
+    if kind == "attention" and quantized is not None:
+        from .kv_quantization import new_layer
+
+        return new_layer(quantized)
     if kind == "attention":
         return GrowingLayer() if max_cache_len is None else StaticLayer(max_cache_len)
     return EmptyLayer()

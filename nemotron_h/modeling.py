@@ -891,13 +891,15 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         return {name: value for name, value in inputs.items() if name not in ("tokenizer", "assistant_tokenizer")}
 
-    def _assisted_decoding(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _assisted_decoding(self, input_ids: Tensor, **kwargs: Any) -> Any:
         # Everywhere but here the library cuts a prompt to what a given cache has not seen.
         cache, mask = kwargs.get(CACHE_NAME), kwargs.get("attention_mask")
         if isinstance(cache, NemotronHCache):
             length = getattr(kwargs.get("generation_config"), "_mask_length", -1) if mask is None else mask.shape[1]
             cache.shown_again = int(cache.get_seq_length()) if length == input_ids.shape[1] else 0
-        return super()._assisted_decoding(input_ids, *args, **kwargs)
+        from .generation import speculation
+
+        return speculation.decode(self, super()._assisted_decoding, input_ids, **kwargs)
 
     def _prepare_cache_for_generation(
         self,
@@ -920,6 +922,8 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
                 max_cache_len=max_cache_length if static else None,
                 offloading=(implementation or "").startswith("offloaded"),
             )
+            if generation_config.is_assistant:  # what it drafts may have to be taken back
+                model_kwargs[CACHE_NAME].activate_past_recording()
             return
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

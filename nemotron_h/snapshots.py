@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from ._version import __version__
-from .cache import MambaLayer, NemotronHCache
+from .cache import GrowingLayer, MambaLayer, NemotronHCache
 from .checkpoints.writing import whole
 
 if TYPE_CHECKING:
@@ -109,11 +109,13 @@ def _taken(layer: Any, length: int) -> Pair | None:
     if isinstance(layer, StaticLayer):
         return layer.keys[..., :length, :].clone(), layer.values[..., :length, :].clone()
     # Whoever goes on from these buffers writes after what this one sees: see cache._Room.
+    if isinstance(layer, GrowingLayer):
+        layer.share()
     return layer.keys, layer.values
 
 
 def _check_kind(layer: Any) -> None:
-    if not hasattr(layer, "keys") or type(layer).__name__.endswith("QuantizedLayer") or hasattr(layer, "_quantize"):
+    if not hasattr(layer, "keys") or is_quantised(layer):
         raise ValueError(
             f"A {type(layer).__name__} has no plain keys and values to take a snapshot of or to put one into: use a "
             "cache that is not quantised."

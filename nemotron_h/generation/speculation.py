@@ -1,0 +1,408 @@
+"""Speculation: `generate(prompt_lookup_num_tokens=...)`, `assistant_model=` and `assistant_early_exit=`.
+
+A draft of the next few tokens is checked by the model in one step, and what it would have said itself is kept; the
+cache goes back over the rest. Drafts come from the library's candidate generators, or from some of the model's own
+layers (`SelfDraft`). The loop is this package's, because it is exact on every supported version: logits processors and
+stopping criteria see what they see in plain `generate()`, once for every token that is generated and in the same
+order; generation ends where it would end; and where a draft comes without probabilities, the random draws are those of
+plain sampling, so that the same seed gives the same text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.generation.candidate_generator import (
+    AssistedCandidateGenerator,
+    CandidateGenerator,
+    PromptLookupCandidateGenerator,
+)
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from ..cache import DRAFT, ROLLBACK, EmptyLayer, MambaLayer, NemotronHCache
+from ..compat import CACHE_NAME, with_every_cache_name
+
+FIRST = ROLLBACK // 4
+"""The longest draft that the step which sees the prompt checks: a long prompt comes in pieces, and the last one may be
+a single token."""
+
+
+@dataclass
+class Speculation:
+    """What a `generate()` with drafts came to.
+
+    `steps` forwards of the model gave `tokens` tokens; `drafted` tokens were checked and `accepted` of them were kept.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """The share of drafted tokens that were kept; 0 where none were drafted."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def tokens_per_step(self) -> float:
+        """1 is what plain decoding does."""
+        return self.tokens / self.steps if self.steps else 0.0
+
+
+@with_every_cache_name
+@dataclass
+class NemotronHGenerateOutput(GenerateDecoderOnlyOutput):
+    """What `generate(return_dict_in_generate=True)` gives where it drafted: the library's output, and `speculation`."""
+
+    speculation: Speculation | None = None
+
+
+class SelfDraft(CandidateGenerator):
+    """Drafts of the model itself with some of its layers, on its own cache: no second model and no second prompt.
+
+    The layers that are used see the draft, in the states that the whole model left, and go back over it before it is
+    checked. A draft ends early after a token that the layers give less than `threshold`, and after an end token.
+    """
+
+    requires_model_outputs = True
+    model_kwargs_overrides: dict[str, Any] = {}
+
+    def __init__(self, model: Any, layers: Sequence[int], number: int, threshold: float, ends: Tensor | None):
+        self.layers, self.number, self.threshold = set(layers), number, threshold
+        self.ends = set() if ends is None else set(ends.reshape(-1).tolist())
+        self.head, self.config = model.lm_head, model.config
+        self.remember = any(model.config.layers_block_type[i] in ("mamba", "attention") for i in layers)
+        # The same modules in a shorter list; the copy's own forward, where something (accelerate) wrapped the model's.
+        self.model = copy.copy(model.model)
+        self.model.__dict__.pop("forward", None)
+        self.model._modules = {**model.model._modules, "layers": nn.ModuleList(model.model.layers[i] for i in layers)}
+
+    def _view(self, cache: Any) -> NemotronHCache:
+        """The cache with the other layers left out: its length is theirs who have seen the draft."""
+        view = copy.copy(cache) if isinstance(cache, NemotronHCache) else NemotronHCache(self.config)
+        view.layers = [layer if i in self.layers else EmptyLayer() for i, layer in enumerate(cache.layers)]
+        return view
+
+    @torch.no_grad()
+    def get_candidates(  # type: ignore[override]
+        self, input_ids: Tensor, model_kwargs: dict[str, Any], is_first_iteration: bool, **_: Any
+    ) -> tuple[Tensor, None]:
+        """`input_ids` (1, L), and after them what the layers would say next; no probabilities."""
+        if is_first_iteration or self.number < 1:
+            return input_ids, None
+        cache = self._view(model_kwargs[CACHE_NAME]) if self.remember else None
+        mask = model_kwargs.get("attention_mask") if self.remember else None
+        drafted, seen = input_ids, 0
+        try:
+            while True:
+                given = {"attention_mask": mask, "use_cache": self.remember, CACHE_NAME: cache}
+                x_BLD = self.model(drafted[:, -1:], **given).last_hidden_state
+                seen += 1
+                probabilities = self.head(x_BLD[:, -1]).float().softmax(-1)
+                best, token = probabilities.max(-1, keepdim=True)
+                drafted = torch.cat([drafted, token.to(drafted)], dim=1)
+                if seen == self.number or float(best) < self.threshold or int(token) in self.ends:
+                    return drafted, None
+                if mask is not None:
+                    mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
+        finally:
+            if cache is not None:
+                cache.crop(-seen)
+
+
+def check(model: Any, generation_config: Any, assistant: Any = None) -> None:
+    """Refuse, before anything is generated, a draft that could not be taken back.
+
+    Raises:
+        ValueError: a draft longer than a cache goes back, or layers that the model does not have.
+    """
+    mamba = "mamba" in model.config.layers_block_type
+    exit_, lookup = generation_config.assistant_early_exit, generation_config.prompt_lookup_num_tokens
+    if exit_ is not None:
+        _layers(model, exit_)
+        if generation_config.num_assistant_tokens is not None:
+            _check_length("num_assistant_tokens", generation_config.num_assistant_tokens, DRAFT if mamba else None)
+    elif lookup is not None:
+        _check_length("prompt_lookup_num_tokens", lookup, ROLLBACK if mamba else None)
+    elif assistant is not None:
+        own = "mamba" in (getattr(assistant.config, "layers_block_type", None) or ())
+        limit = DRAFT if own else ROLLBACK if mamba else None
+        number = getattr(assistant.generation_config, "num_assistant_tokens", None)
+        if number is not None:
+            _check_length("assistant_model.generation_config.num_assistant_tokens", number, limit)
+
+
+def _check_length(name: str, value: int, limit: int | None) -> None:
+    if value < 1:
+        raise ValueError(f"{name}={value} drafts nothing: pass at least 1.")
+    if limit is not None and value > limit:
+        raise ValueError(f"{name}={value} drafts more tokens than a Mamba layer can take back: pass at most {limit}.")
+
+
+def _layers(model: Any, chosen: int | Sequence[int]) -> list[int]:
+    """The indices that `assistant_early_exit` names: the first so many layers, or these."""
+    number = model.config.num_hidden_layers
+    if isinstance(chosen, int) and not isinstance(chosen, bool):
+        if not 0 < chosen < number:
+            raise ValueError(
+                f"assistant_early_exit={chosen} leaves after so many layers, and the model has {number}: pass 1 to "
+                f"{number - 1}."
+            )
+        return list(range(chosen))
+    indices = sorted({int(index) for index in chosen}) if isinstance(chosen, (list, tuple, set, range)) else []
+    if not indices or indices[0] < 0 or indices[-1] >= number:
+        raise ValueError(
+            f"assistant_early_exit={chosen!r} names no layers to draft with: pass a number of layers, or some of the "
+            f"indices 0 to {number - 1}."
+        )
+    return indices
+
+
+def decode(model: Any, library: Callable[..., Any], input_ids: Tensor, **given: Any) -> Any:
+    """`GenerationMixin._assisted_decoding` for a Nemotron-H: the arguments that it takes, by name.
+
+    Args:
+        library: the library's own, for what is left to it: several rows (refused there), generation that is kept in
+            step over devices (`synced_gpus`), and drafts that are let pass (`assistant_ensemble_weight`).
+    """
+    config, cache = given["generation_config"], given.get(CACHE_NAME)
+    if (
+        given.get("synced_gpus")
+        or input_ids.shape[0] > 1
+        or getattr(config, "assistant_ensemble_weight", None) is not None
+        or cache is None
+    ):
+        return library(input_ids, **given)
+    check(model, config, given.get("assistant_model"))
+    cache = NemotronHCache.adopt(cache, model.config)
+    before = [bool(getattr(layer, "record_past", False)) for layer in cache.layers]
+    cache.activate_past_recording()
+    try:
+        return _Loop(model, input_ids, **given).run()
+    finally:
+        for layer, recorded in zip(cache.layers, before, strict=True):
+            if not recorded and hasattr(layer, "deactivate_past_recording"):
+                layer.deactivate_past_recording()
+
+
+class _Loop:
+    """One `generate()` of one row."""
+
+    def __init__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        inputs_tensor: Any = None,
+        assistant_model: Any = None,
+        assistant_tokenizer: Any = None,
+        tokenizer: Any = None,
+        **model_kwargs: Any,
+    ):
+        self.model, self.ids, self.config = model, input_ids, generation_config
+        self.cache = model_kwargs[CACHE_NAME]
+        self.processors, self.criteria, self.streamer = logits_processor, stopping_criteria, streamer
+        self.model_kwargs = model_kwargs
+        self.stats = Speculation()
+        self.outputs: Any = None
+        self.matches = 0
+        self.limit = ROLLBACK if any(isinstance(layer, MambaLayer) for layer in self.cache.layers) else None
+        exit_ = generation_config.assistant_early_exit
+        if exit_ is not None:
+            number = generation_config.num_assistant_tokens or DRAFT // 2
+            threshold = generation_config.assistant_confidence_threshold or 0.0
+            ends = getattr(generation_config, "_eos_token_tensor", None)
+            self.generator: Any = SelfDraft(model, _layers(model, exit_), number, threshold, ends)
+        else:
+            self.generator = model._get_candidate_generator(
+                generation_config=generation_config,
+                input_ids=input_ids,
+                inputs_tensor=inputs_tensor,
+                assistant_model=assistant_model,
+                logits_processor=logits_processor,
+                target_tokenizer=tokenizer,
+                assistant_tokenizer=assistant_tokenizer,
+                model_kwargs=model_kwargs,
+            )
+        if isinstance(self.generator, PromptLookupCandidateGenerator):
+            # It would ask the processors about tokens that nobody generated; what they forbid is not kept anyway.
+            self.generator.logits_processor = None
+        own = "mamba" in (getattr(getattr(assistant_model, "config", None), "layers_block_type", None) or ())
+        self.draft_limit = DRAFT if own else self.limit
+        wanted = generation_config.return_dict_in_generate
+        self.kept: dict[str, Any] = {
+            "scores": () if wanted and generation_config.output_scores else None,
+            "logits": () if wanted and generation_config.output_logits else None,
+            "attentions": () if wanted and generation_config.output_attentions else None,
+            "hidden_states": () if wanted and generation_config.output_hidden_states else None,
+        }
+
+    def run(self) -> Any:
+        while not self._step():
+            pass
+        if self.streamer is not None:
+            self.streamer.end()
+        if isinstance(self.generator, AssistedCandidateGenerator):
+            assistant = self.generator.assistant_model.generation_config
+            if getattr(assistant, "num_assistant_tokens_schedule", None) == "heuristic":
+                assistant.num_assistant_tokens = self.generator.num_assistant_tokens
+        if not self.config.return_dict_in_generate:
+            return self.ids
+        return NemotronHGenerateOutput(
+            sequences=self.ids,
+            speculation=self.stats,
+            **self.kept,
+            **{CACHE_NAME: self.model_kwargs.get(CACHE_NAME)},
+        )
+
+    def _step(self) -> bool:
+        """One draft and its check; whether generation has ended."""
+        length, first = self.ids.shape[1], self.stats.steps == 0
+        drafted, q_LV = self._draft(first)
+        number = drafted.shape[1] - length
+        outputs = self.outputs = self._check(drafted, number, first)
+        logits_LV = outputs.logits[0, -number - 1 :].to(device=self.ids.device, dtype=torch.float32, copy=True)
+        draft = drafted[0, length:].tolist()
+        done, matches = False, 0
+        for i in range(number + 1):
+            raw, scores = logits_LV[i : i + 1], self.processors(self.ids, logits_LV[i : i + 1].clone())
+            token = self._choose(scores, draft[i] if i < number else None, q_LV, i)
+            self._keep(scores, raw)
+            self.ids = torch.cat([self.ids, token[:, None]], dim=1)
+            if self.streamer is not None:
+                self.streamer.put(token.cpu())
+            done = bool(self.criteria(self.ids, self.kept["scores"]).all())
+            kept = i < number and int(token) == draft[i]
+            matches += kept and not done
+            self.stats.accepted += kept
+            if done or not kept:
+                break
+        taken = self.ids.shape[1] - length
+        # The last token is one that the cache has not seen, whether it was drafted or not.
+        if number + 1 > taken:
+            self.cache.crop(taken - number - 1)
+        self.stats.steps += 1
+        self.stats.tokens += taken
+        self.stats.drafted += number
+        self.matches = matches
+        self.generator.update_candidate_strategy(self.ids, logits_LV[None], matches)
+        self._keep_states(outputs, length, self.ids.shape[1] if first else taken)
+        self.model_kwargs = self.model._update_model_kwargs_for_generation(
+            outputs, self.model_kwargs, is_encoder_decoder=False, num_new_tokens=taken
+        )
+        return done
+
+    def _draft(self, first: bool) -> tuple[Tensor, Tensor | None]:
+        """The tokens with a draft after them (1, L + n), and the probabilities (n, V) that it was drawn from, if any.
+
+        Never more than the cache goes back over, and one less than there is still to generate: cut by number alone, as
+        a cut that looks at the tokens would not leave the distribution of what is sampled as it is.
+        """
+        most = self.config.max_length - self.ids.shape[1] - 1
+        if self.limit is not None:
+            most = min(most, FIRST if first else self.limit)
+        if most < 1:
+            return self.ids, None
+        if self.draft_limit is not None and hasattr(self.generator, "num_assistant_tokens"):
+            # Schedules let drafts grow without an end.
+            self.generator.num_assistant_tokens = min(self.generator.num_assistant_tokens, self.draft_limit)
+        drafted, logits_BLV = self._candidates(first)
+        number = min(drafted.shape[1] - self.ids.shape[1], most)
+        drafted = drafted[:, : self.ids.shape[1] + number].to(self.ids.device)
+        if logits_BLV is None or not self.config.do_sample or number < 1:
+            return drafted, None
+        return drafted, logits_BLV[0, :number].to(self.ids.device).float().softmax(-1)
+
+    def _candidates(self, first: bool) -> tuple[Tensor, Tensor | None]:
+        generator = self.generator
+        if generator.requires_model_outputs:
+            return generator.get_candidates(
+                self.ids,
+                model_kwargs=self.model_kwargs,
+                model_outputs=self.outputs,
+                is_first_iteration=first,
+                n_last_matches=self.matches,
+            )
+        try:
+            return generator.get_candidates(self.ids)
+        except RuntimeError as error:
+            # A draft in another tokenizer's tokens may have to go back further than is recorded: then from the start.
+            if "crop(" not in str(error) or not getattr(generator, "assistant_kwargs", {}).get(CACHE_NAME):
+                raise
+            generator.assistant_kwargs[CACHE_NAME] = None
+            return generator.get_candidates(self.ids)
+
+    def _check(self, drafted: Tensor, number: int, first: bool) -> Any:
+        """One forward over what the cache has not seen, logits for the draft and the token before it."""
+        kwargs = dict(self.model_kwargs)
+        if (mask := kwargs.get("attention_mask")) is not None and number:
+            kwargs["attention_mask"] = torch.cat([mask, mask.new_ones(mask.shape[0], number)], dim=1)
+        if (positions := kwargs.get("position_ids")) is not None and number:
+            new = torch.arange(1, number + 1, dtype=positions.dtype, device=positions.device)
+            kwargs["position_ids"] = torch.cat([positions, positions[..., -1:] + new], dim=-1)
+        inputs = self.model.prepare_inputs_for_generation(
+            drafted,
+            next_sequence_length=None if first else number + 1,
+            is_first_iteration=first,
+            **kwargs,
+        )
+        inputs["logits_to_keep"] = number + 1
+        if self.generator.requires_model_outputs:
+            inputs |= self.generator.model_kwargs_overrides
+        # Experts run another way in single steps from transformers 5.20 or so on, as they do in plain generate().
+        decoding = getattr(self.model, "_optimize_model_for_decode", contextlib.nullcontext)
+        with contextlib.nullcontext() if first else decoding():
+            return self.model(**inputs)
+
+    def _choose(self, scores: Tensor, drafted: int | None, q_LV: Tensor | None, i: int) -> Tensor:
+        """The next token (1,), drawn as plain generate() draws it, or so that the draft changes nothing."""
+        if not self.config.do_sample:
+            return scores.argmax(-1)
+        p_V = scores.softmax(-1)[0]
+        if drafted is None or q_LV is None:
+            return torch.multinomial(p_V[None], num_samples=1).squeeze(1)
+        # Algorithm 1 of speculative sampling (2211.17192).
+        q_V = q_LV[i]
+        if torch.rand((), device=p_V.device) * q_V[drafted] < p_V[drafted]:
+            return torch.tensor([drafted], device=p_V.device)
+        left_V = (p_V - q_V).clamp(min=0)
+        left_V = left_V if float(left_V.sum()) > 0 else p_V  # equal up to rounding
+        return torch.multinomial(left_V[None], num_samples=1).squeeze(1)
+
+    def _keep(self, scores: Tensor, raw: Tensor) -> None:
+        for name, tensor in (("scores", scores), ("logits", raw)):
+            if self.kept[name] is not None:
+                self.kept[name] += (tensor,)
+
+    def _keep_states(self, outputs: Any, length: int, added: int) -> None:
+        from transformers.generation.utils import _split_model_outputs
+
+        for name in ("attentions", "hidden_states"):
+            if self.kept[name] is not None and (states := getattr(outputs, name)) is not None and states[0] is not None:
+                self.kept[name] = _split_model_outputs(self.kept[name], states, length, added, name == "attentions")
+
+
+def settings(output: Any) -> dict[str, float | int] | None:
+    """What an output of `generate()` says of its drafts, as numbers to print; None where there were none."""
+    found = getattr(output, "speculation", None)
+    if found is None:
+        return None
+    return {
+        **{field.name: getattr(found, field.name) for field in fields(found)},
+        "acceptance_rate": round(found.acceptance_rate, 4),
+        "tokens_per_step": round(found.tokens_per_step, 3),
+    }
+
+
+__all__ = ["NemotronHGenerateOutput", "SelfDraft", "Speculation"]
