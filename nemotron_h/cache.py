@@ -650,6 +650,8 @@ class NemotronHCache(Cache):
         """Bytes that the cached tensors occupy, recorded ones included."""
         from .kv_quantization import nbytes as quantised_nbytes
 
+        from .kv_quantization import nbytes as quantised_nbytes
+
         total = 0
         for layer in self.layers:
             tensors = (
@@ -658,6 +660,9 @@ class NemotronHCache(Cache):
                 else (layer.keys, layer.values)
             )
             total += sum(tensor.nbytes for tensor in tensors if tensor is not None)
+            for name in ("_quantized_keys", "_quantized_values"):
+                if (held := getattr(layer, name, None)) is not None:
+                    total += quantised_nbytes(held)
             for name in ("_quantized_keys", "_quantized_values"):
                 if (held := getattr(layer, name, None)) is not None:
                     total += quantised_nbytes(held)
@@ -704,6 +709,10 @@ def _new_layer(
 ) -> Any:
     if kind == "mamba":
         return MambaLayer(getattr(torch, config.mamba_ssm_cache_dtype), static=max_cache_len is not None)
+    if kind == "attention" and quantized is not None:
+        from .kv_quantization import new_layer
+
+        return new_layer(quantized)
     if kind == "attention" and quantized is not None:
         from .kv_quantization import new_layer
 

@@ -880,6 +880,13 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
                 )
         return super().generate(*args, **kwargs)
 
+    @functools.wraps(GenerationMixin.init_continuous_batching)
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        from .batching import check
+
+        check(self.config)
+        return super().init_continuous_batching(*args, **kwargs)
+
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         cache = kwargs.get(CACHE_NAME)
@@ -914,13 +921,14 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         if (
             model_kwargs.get(CACHE_NAME) is None
             and generation_config.use_cache is not False
-            and (static or implementation in (None, "dynamic", "dynamic_full", "offloaded"))
+            and (static or implementation in (None, "dynamic", "dynamic_full", "offloaded", "quantized"))
         ):
             max_cache_length = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
             model_kwargs[CACHE_NAME] = NemotronHCache(
                 self.config,
                 max_cache_len=max_cache_length if static else None,
                 offloading=(implementation or "").startswith("offloaded"),
+                quantized=(generation_config.cache_config or {}) if implementation == "quantized" else None,
             )
             if generation_config.is_assistant:  # what it drafts may have to be taken back
                 model_kwargs[CACHE_NAME].activate_past_recording()

@@ -24,6 +24,7 @@ from transformers.cache_utils import StaticLayer
 from ._version import __version__
 from .cache import GrowingLayer, MambaLayer, NemotronHCache
 from .checkpoints.writing import whole
+from .kv_quantization import is_quantised
 
 if TYPE_CHECKING:
     from .configuration import NemotronHConfig
