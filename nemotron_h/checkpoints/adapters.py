@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..configuration import NemotronHConfig
 from . import published
-from .tensors import Entry, Plan, SafetensorsFolder, Shape, Spec
+from .tensors import Entry, Plan, SafetensorsFolder, Shape, Spec, read_json
 from .writing import Conversion, Done, convert, copy_companions, whole, write_safetensors
 
 PREFIXES = ("model", "backbone")
@@ -116,7 +116,7 @@ class Adapter(SafetensorsFolder):
         self.path = Path(path)
         if not (self.path / CONFIG).exists():
             raise ValueError(f"{self.path} has no {CONFIG}; name the folder of a PEFT adapter.")
-        self.config: dict[str, Any] = json.loads((self.path / CONFIG).read_text())
+        self.config: dict[str, Any] = read_json(self.path / CONFIG)
         if (kind := self.config.get("peft_type")) != "LORA":
             raise ValueError(f"{self.path} has peft_type {kind!r}; only LORA adapters can be converted.")
         super().__init__(path)
@@ -135,12 +135,12 @@ class Adapter(SafetensorsFolder):
             if base is not None:
                 raise ValueError(f"{base} has no config.json; name the folder of the base model.")
             return None
-        fields = json.loads(path.read_text())
+        fields = read_json(path)
         if (kind := fields.get("model_type")) != "nemotron_h":
             raise ValueError(f"{path.parent} is a {kind!r} model; this package knows nemotron_h alone.")
         return NemotronHConfig.from_dict(fields)
 
-    def read(self, name: str, index: int | None = None) -> Tensor:
+    def read(self, name: str, index: int | slice | None = None) -> Tensor:
         """As in `SafetensorsFolder`; the last tensor is kept, since every expert's part is taken of it in turn."""
         if index is not None:
             return super().read(name, index)

@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .writing import whole
+
 SUFFIXES = (".safetensors", ".npz")
 _HIDDEN = re.compile(r"hidden_states\.(\d+)")
 
@@ -47,11 +49,13 @@ class Recording:
             import numpy
 
             arrays: dict[str, Any] = {name: _exact(tensor).numpy() for name, tensor in tensors.items()}
-            numpy.savez(path, **arrays)
+            with whole(path) as temporary, open(temporary, "wb") as file:
+                numpy.savez(file, **arrays)
         elif path.suffix == ".safetensors":
             from safetensors.torch import save_file
 
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+            with whole(path) as temporary:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
         else:
             raise ValueError(f"{path} is neither .safetensors nor .npz; name a file that ends so.")
 

@@ -52,7 +52,7 @@ from torch import Tensor
 
 from ..configuration import NemotronHConfig
 from . import gguf_tokenizer, huggingface, published
-from .tensors import Entry, Plan, Shape, Spec, Tensors
+from .tensors import Entry, Plan, Shape, Spec, Tensors, narrowed
 from .writing import SHARD_BYTES, Conversion, Done, convert, tensor_bytes, whole, write_safetensors
 
 OPTIONS = {
@@ -645,7 +645,7 @@ class _Published(Entry):
             value = _a_log(value)
         if self.heads:
             value = _halves_interleaved(value, self.heads, back=True)
-        return value.reshape(self.spec.shape).to(self.spec.dtype).contiguous()
+        return narrowed(value.reshape(self.spec.shape), self.spec.dtype, self.name).contiguous()
 
 
 def _a_log(a: Tensor) -> Tensor:

@@ -53,10 +53,7 @@ def from_huggingface(path: str | Path, dtype: str | None = None, shard_bytes: in
     if stored := getattr(config, "quantization_config", None):
         method = stored.get("quant_method") if isinstance(stored, dict) else stored
         raise ValueError(f"{path} is quantised ({method}); name the checkpoint that it was made from.")
-    remarks = []
-    if config.has_mtp and not any(name.startswith("mtp.") for name in source.specs):
-        config.num_nextn_predict_layers = 0
-        remarks.append(f"{path} has no mtp.* tensors, which its config announces: the result does without them.")
+    remarks = source.without_absent_mtp()
     entries = [
         Entry(name, Spec(shape, target_dtype(name, source.specs[name].dtype, wanted)), {name: shape})
         if name in source.specs

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ..configuration import NemotronHConfig
 from . import published
-from .tensors import Entry, Plan, SafetensorsFolder, Shape, Spec, Tensors
+from .tensors import Entry, Plan, SafetensorsFolder, Shape, Spec, Tensors, read_json
 from .writing import SHARD_BYTES, Conversion, Done, copy_companions, tensor_bytes, whole, write_safetensors
 
 OPTIONS = {"shard_bytes": "the largest size of a file of the Hugging Face folder, in bytes"}
@@ -207,7 +207,7 @@ class MambaSsmFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.fields: dict[str, Any] = json.loads((self.path / "config.json").read_text())
+        self.fields: dict[str, Any] = read_json(self.path / "config.json")
         self.ssm = self._settings("ssm_cfg", _SSM)
         self.attention = self._settings("attn_cfg", _ATTENTION)
         self.config = self._config()

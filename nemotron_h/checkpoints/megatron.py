@@ -37,6 +37,7 @@ from ..configuration import NemotronHConfig
 from .megatron_names import (
     ITERATION,
     VOCAB_DIVISIBLE_BY,
+    Described,
     Spelling,
     Unpickler,
     Weight,
@@ -302,7 +303,7 @@ def from_huggingface(
         ValueError: a wrong source or option, or a model that Megatron has no place for.
     """
     source = PublishedFolder(path)
-    config = source.config
+    config, remarks = source.config, source.without_absent_mtp()
     if experts not in EXPERTS:
         raise ValueError(f"experts is {experts!r}; give one of {', '.join(EXPERTS)}.")
     check_writable(config, tensor_parallel, vocab_divisible_by, tensor_parallel)
@@ -327,10 +328,10 @@ def from_huggingface(
         backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         backends |= {"common_backend": "torch", "common_backend_version": 1}
         (inner / "metadata.json").write_text(json.dumps(backends))
-        (folder / "config.json").write_bytes((source.path / "config.json").read_bytes())
+        Described(config, None if remarks else source.path / "config.json", remarks).write(folder)
         copy_companions(source.path, folder)
 
-    return Conversion("megatron", plan, write, (tensor_parallel, experts, rows, shard_bytes))
+    return Conversion("megatron", plan, write, (tensor_parallel, experts, rows, shard_bytes), remarks=remarks)
 
 
 def _dist_entries(source: PublishedFolder, table: list[Weight], experts: str) -> Iterator[Entry]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import mmap
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,7 @@ from .megatron_names import (
     ITERATION,
     TENSOR_PARALLEL,
     VOCAB_DIVISIBLE_BY,
+    Described,
     Spelling,
     Weight,
     check_writable,
@@ -230,7 +232,7 @@ def from_huggingface(
         ValueError: a wrong source or option, a model that Megatron has no place for or that does not divide.
     """
     source = PublishedFolder(path)
-    config = source.config
+    config, remarks = source.config, source.without_absent_mtp()
     parts = tensor_parallel if expert_tensor_parallel is None else expert_tensor_parallel
     if experts not in EXPERTS:
         raise ValueError(f"experts is {experts!r}; give one of {', '.join(EXPERTS)}.")
@@ -258,10 +260,10 @@ def from_huggingface(
             mine = [entry for entry in entries if entry.name.startswith(f"mp_rank_{rank:02d}/")]
             (inner / f"mp_rank_{rank:02d}").mkdir(exist_ok=True)
             _write_rank(source, mine, args, inner / f"mp_rank_{rank:02d}" / _FILES[0], done)
-        (folder / "config.json").write_bytes((source.path / "config.json").read_bytes())
+        Described(config, None if remarks else source.path / "config.json", remarks).write(folder)
         copy_companions(source.path, folder)
 
-    return Conversion("megatron-legacy", plan, write, (tensor_parallel, experts, parts, rows))
+    return Conversion("megatron-legacy", plan, write, (tensor_parallel, experts, parts, rows), remarks=remarks)
 
 
 def _rank_entries(
@@ -299,8 +301,11 @@ def _write_rank(source: PublishedFolder, entries: list[Entry], args: dict[str, A
         "model": model,
     }
     with whole(path) as temporary:
-        with torch.serialization.skip_data(materialize_fake_tensors=True):
-            torch.save(contents, temporary)
+        with open(temporary, "wb") as file:
+            with torch.serialization.skip_data(materialize_fake_tensors=True):
+                torch.save(contents, file)
+            if hasattr(os, "posix_fallocate"):  # writing into a mapped file ends the process where the disk is full
+                os.posix_fallocate(file.fileno(), 0, file.tell())
         mapped: Mapping[str, Tensor] = {}
         written = 0
         for entry in entries:

@@ -31,7 +31,6 @@ o is an MTP depth and L the number of its layers. A norm that is not fused with 
 from __future__ import annotations
 
 import io
-import json
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ import torch
 from torch import Tensor
 
 from ..configuration import NemotronHConfig
-from .tensors import Plan, Shape, Spec, Tensors
+from .tensors import Plan, Shape, Spec, Tensors, read_json
 
 TRACKER = "latest_checkpointed_iteration.txt"
 ITERATION = 1
@@ -513,7 +512,7 @@ def describe(
 
 
 def _read(file: Path) -> NemotronHConfig:
-    fields = json.loads(file.read_text())
+    fields = read_json(file)
     if (kind := fields.get("model_type")) != "nemotron_h":
         raise ValueError(f"{file} describes a {kind!r} model; this package knows nemotron_h alone.")
     config: NemotronHConfig = NemotronHConfig.from_dict(fields)

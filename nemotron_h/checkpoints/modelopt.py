@@ -40,7 +40,7 @@ from ..ops import low_precision
 from ..ops.low_precision import FP8, GROUP, NVFP4
 from . import published
 from .published import PublishedFolder
-from .tensors import Entry, Plan, Shape, Spec
+from .tensors import Entry, Plan, Shape, Spec, read_json
 from .writing import SHARD_BYTES, Conversion, Done, copy_companions, whole, write_safetensors
 
 SIDECAR = "hf_quant_config.json"
@@ -169,10 +169,7 @@ def sidecar(fields: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): fetch or write it again.") from None
+    return read_json(path) if path.is_file() else {}
 
 
 _SCALAR = Spec((), torch.float32)
@@ -275,15 +272,6 @@ def recognises(path: Path) -> bool:
     return Path(path).is_dir() and stored_recipe(Path(path)) is not None
 
 
-def _expected(folder: PublishedFolder) -> tuple[dict[str, Shape], list[str]]:
-    """The published tensors, without multi-token prediction where a folder has nothing of it, which is a remark."""
-    remarks = []
-    if folder.config.has_mtp and not any(name.startswith("mtp.") for name in folder.specs):
-        folder.config.num_nextn_predict_layers = 0
-        remarks.append(f"{folder.path} has no mtp.* tensors, which its config announces: the result does without them.")
-    return published.tensors(folder.config), remarks
-
-
 def to_huggingface(path: Path, dtype: str = "bfloat16", shard_bytes: int = SHARD_BYTES) -> Conversion:
     """The plain folder: quantised weights in `dtype`, rounded once; all others as they are. Memory holds one tensor.
 
@@ -296,7 +284,8 @@ def to_huggingface(path: Path, dtype: str = "bfloat16", shard_bytes: int = SHARD
     stored = stored_recipe(folder.path)
     if stored is None:
         raise ValueError(f"{path} has no quantisation by ModelOpt in config.json or {SIDECAR}: name a folder that has.")
-    shapes, remarks = _expected(folder)
+    remarks = folder.without_absent_mtp()
+    shapes = published.tensors(folder.config)
     quantised = modules(shapes, folder.specs, Recipe.read(stored, path), path)
     entries, unused = [], {}
     for name, shape in shapes.items():
@@ -308,7 +297,7 @@ def to_huggingface(path: Path, dtype: str = "bfloat16", shard_bytes: int = SHARD
             how, parts = quantised[module]
             weights = {end: spec for end, spec in parts.items() if end.startswith("weight")}
             sources = {f"{module}.{end}": spec.shape for end, spec in weights.items()}
-            entries.append(Entry(name, Spec(shape, DTYPES[dtype]), sources, _Dequantize(how, DTYPES[dtype])))
+            entries.append(Entry(name, Spec(shape, DTYPES[dtype]), sources, _Dequantize(how, DTYPES[dtype], name)))
         else:
             kind = folder.specs[name].dtype if name in folder.specs else DTYPES[dtype]
             entries.append(Entry(name, Spec(shape, kind), {name: shape}))
@@ -327,9 +316,13 @@ def to_huggingface(path: Path, dtype: str = "bfloat16", shard_bytes: int = SHARD
 class _Dequantize:
     how: str
     dtype: torch.dtype
+    name: str
 
     def __call__(self, *parts: Tensor) -> Tensor:
-        return dequantize(self.how, parts, self.dtype)
+        value = dequantize(self.how, parts, self.dtype)
+        if self.dtype == torch.float16 and bool(value.isinf().any()):
+            raise ValueError(f"{self.name} has values that float16 cannot hold; write bfloat16 or float32.")
+        return value
 
 
 def from_huggingface(
@@ -357,7 +350,8 @@ def from_huggingface(
         )
     more = tuple(exclude.replace(" ", "").split(",") if isinstance(exclude, str) else exclude)
     more = tuple(pattern for pattern in more if pattern)
-    shapes, remarks = _expected(folder)
+    remarks = folder.without_absent_mtp()
+    shapes = published.tensors(folder.config)
     candidates = {
         name.removesuffix(".weight"): shape
         for name, shape in shapes.items()

@@ -8,7 +8,6 @@ adapters and tools interchange; the table below is applied on loading and, rever
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -21,7 +20,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
 
 from ..configuration import NemotronHConfig
-from .tensors import SafetensorsFolder, Shape, Spec
+from .tensors import SafetensorsFolder, Shape, Spec, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -150,14 +149,15 @@ class PublishedFolder:
     and experts that are stacked in 3-D parameters one at a time.
 
     Raises:
-        ValueError: no config, another model type, files that cannot be read, a tensor under two names.
+        ValueError: no config, another model type, files that cannot be read, a tensor under two names, a head that
+            the config ties and that is another than the embeddings.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not (self.path / "config.json").exists():
             raise ValueError(f"{self.path} has no config.json; name the folder of a model.")
-        fields = json.loads((self.path / "config.json").read_text())
+        fields = read_json(self.path / "config.json")
         if (kind := fields.get("model_type")) != "nemotron_h":
             raise ValueError(f"{self.path} is a {kind!r} model; this package knows nemotron_h alone.")
         self.config: NemotronHConfig = NemotronHConfig.from_dict(fields)
@@ -179,7 +179,28 @@ class PublishedFolder:
                     raise ValueError(f"{self.path} has {part_name} twice, as {other} and as {name}: take one out.")
                 self._where[part_name], self.specs[part_name] = (name, expert), part_spec
         if self.config.tie_word_embeddings and "backbone.embeddings.weight" in self.specs:
+            if "lm_head.weight" in self.specs and not self._same("lm_head.weight", "backbone.embeddings.weight"):
+                raise ValueError(
+                    f"{self.path} has a lm_head.weight that differs from the embeddings although tie_word_embeddings "
+                    "is true: set it to false in config.json, or take lm_head.weight out."
+                )
             self.specs.pop("lm_head.weight", None)  # a copy that some tools write
+
+    def _same(self, one: str, other: str) -> bool:
+        if self.specs[one].shape != self.specs[other].shape:
+            return False
+        one, other = self._where[one][0], self._where[other][0]
+        spec = self._folder.specs[one]
+        some = max(1, (32 << 20) * spec.shape[0] // max(1, spec.nbytes))
+        parts = [slice(start, start + some) for start in range(0, spec.shape[0], some)]
+        return all(torch.equal(self._folder.read(one, part), self._folder.read(other, part)) for part in parts)
+
+    def without_absent_mtp(self) -> list[str]:
+        """Takes multi-token prediction off the config where the folder has nothing of it, and says so."""
+        if not self.config.has_mtp or any(name.startswith("mtp.") for name in self.specs):
+            return []
+        self.config.num_nextn_predict_layers = 0
+        return [f"{self.path} has no mtp.* tensors, which its config announces: the result does without them."]
 
     def read(self, name: str) -> torch.Tensor:
         return self._folder.read(*self._where[name])

@@ -31,7 +31,7 @@ from typing import Any
 
 from ..configuration import NemotronHConfig, parse_layers
 from . import published
-from .tensors import SafetensorsFolder, Shape, Spec
+from .tensors import SafetensorsFolder, Shape, Spec, read_json
 
 _STACKED = re.compile(r"(backbone|model|mtp)\.layers\.\d+\.mixer\.experts\.(up_proj|down_proj)")
 _LETTERS = frozenset("M*-E")
@@ -71,9 +71,9 @@ class Folder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.fields: dict[str, Any] = self.json("config.json") or {}
-        if not self.fields:
+        if not (self.path / "config.json").exists():
             raise ValueError(f"{self.path} has no config.json; name the folder of a model.")
+        self.fields = read_json(self.path / "config.json")
         if (kind := self.fields.get("model_type")) != "nemotron_h":
             raise ValueError(f"{self.path} is a {kind!r} model; this package knows nemotron_h alone.")
         self.config: NemotronHConfig | None = None
@@ -91,10 +91,7 @@ class Folder:
     def json(self, name: str) -> Any:
         """A JSON file of the folder; None where it is not there. Raises `ValueError` where it is no JSON."""
         file = self.path / name
-        try:
-            return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{file} is no JSON ({error}): fetch or write it again.") from None
+        return read_json(file) if file.exists() else None
 
     @property
     def pattern(self) -> str | None:

@@ -67,12 +67,23 @@ class Tensors(Protocol):
         """A tensor, which the caller must not write into; no other stays in memory for it."""
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file with names and values. Raises `ValueError` where it is none."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): fetch or write it again.") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} has no names and values: fetch or write it again.")
+    return fields
+
+
 class SafetensorsFolder:
     """The `*.safetensors` of a folder.
 
     Raises:
         ValueError: there are none; a file that the index names is not there; a file is cut short or is no
-            safetensors file. Each names the file, and the first tensor that is gone with it.
+            safetensors file; two files have one tensor. Each names the file, and the first tensor that is gone with it.
     """
 
     _MAPPED = 64 << 20  # a file is closed after so many bytes were read from it, and its pages leave memory
@@ -90,6 +101,11 @@ class SafetensorsFolder:
                         dtype = DTYPES.get(part.get_dtype())
                         if dtype is None:
                             raise ValueError(f"{file} holds {name} as {part.get_dtype()}, which torch does not know.")
+                        if name in self.specs:
+                            raise ValueError(
+                                f"{self.path} has {name} in {self._where[name].name} and in {file.name}: take one of "
+                                "the files out."
+                            )
                         self.specs[name] = Spec(tuple(part.get_shape()), dtype)
                         self._where[name] = file
             except (SafetensorError, OSError) as error:
@@ -103,23 +119,31 @@ class SafetensorsFolder:
         files = sorted(self.path.glob("*.safetensors"))
         index = self.path / "model.safetensors.index.json"
         if index.exists():
-            weight_map = json.loads(index.read_text())["weight_map"]
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ValueError(f"{index} has no weight_map: fetch or write it again.")
             files = [self.path / file for file in sorted(set(weight_map.values()))]
             for name, file in weight_map.items():
                 if not (self.path / file).exists():
                     raise ValueError(f"{self.path} lacks {file}, which has the tensor {name}: fetch or write it again.")
+            single = self.path / "model.safetensors"
+            if single.exists() and single not in files:
+                raise ValueError(
+                    f"{self.path} has {single.name} and an index that names {files[0].name}, two models: take one out."
+                )
         if not files:
             raise ValueError(f"{self.path} has no *.safetensors; name a folder with a model's weights.")
         return files
 
-    def read(self, name: str, index: int | None = None) -> Tensor:
-        """A tensor, or only its `index`-th part along the first dimension."""
-        spec, file = self.specs[name], self._where[name]
+    def read(self, name: str, index: int | slice | None = None) -> Tensor:
+        """A tensor, or only a part along the first dimension."""
+        file = self._where[name]
         if self._open is None or self._open[0] != file or self._read_bytes > self._MAPPED:
             self._open, self._read_bytes = (file, safe_open(file, framework="pt").__enter__()), 0
         opened = self._open[1]
-        self._read_bytes += spec.nbytes if index is None else spec.nbytes // spec.shape[0]
-        return opened.get_tensor(name) if index is None else opened.get_slice(name)[index]
+        value: Tensor = opened.get_tensor(name) if index is None else opened.get_slice(name)[index]
+        self._read_bytes += value.nbytes
+        return value
 
 
 def _first_cut(file: Path) -> str | None:
@@ -154,7 +178,17 @@ class Entry:
         parts = [source.read(name) for name in self.sources]
         value = self.make(*parts) if self.make else parts[0]
         assert tuple(value.shape) == self.spec.shape, f"{self.name}: {tuple(value.shape)} is not {self.spec.shape}"
-        return value.to(self.spec.dtype).contiguous()
+        return narrowed(value, self.spec.dtype, self.name).contiguous()
+
+
+def narrowed(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`value` in `dtype`. Raises `ValueError` where a number becomes infinite."""
+    stored = value.to(dtype)
+    if dtype.is_floating_point and torch.finfo(dtype).max < torch.finfo(value.dtype).max:
+        if bool((stored.isinf() & value.isfinite()).any()):
+            kind = str(dtype).removeprefix("torch.")
+            raise ValueError(f"{name} has values that {kind} cannot hold; write bfloat16 or float32.")
+    return stored
 
 
 @dataclass

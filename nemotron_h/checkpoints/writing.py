@@ -61,6 +61,8 @@ class Conversion:
 
 def check_free(dest: Path) -> None:
     """Raises `ValueError` where something would be written over."""
+    if dest.name in ("", ".."):
+        raise ValueError(f"{dest} is a folder that is there; name one in it that is not.")
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise ValueError(f"{dest} is there already; name another destination, or remove it.")
 
@@ -76,6 +78,8 @@ def convert(conversion: Conversion, dest: str | Path, done: Done = lambda nbytes
     """
     dest = Path(dest)
     check_free(dest)
+    if conversion.file is not None and dest.is_dir():
+        raise ValueError(f"{dest} is a folder and {conversion.to} is one file; name a file, or remove the folder.")
     conversion.plan.check()
     with _staged(
         dest, conversion.plan.fingerprint(conversion.to, *map(str, conversion.options)), conversion.file
@@ -83,12 +87,17 @@ def convert(conversion: Conversion, dest: str | Path, done: Done = lambda nbytes
         conversion.write(folder, done)
 
 
+def partial(dest: Path) -> Path:
+    """Where what is not whole lies."""
+    return dest.with_name(f".{dest.name}.partial")
+
+
 @contextmanager
 def _staged(dest: Path, fingerprint: str, file: str | None) -> Iterator[Path]:
     dest.parent.mkdir(parents=True, exist_ok=True)
-    partial = dest.with_name(f".{dest.name}.partial")
-    partial.mkdir(exist_ok=True)
-    with open(partial / _MARK, "a+") as mark:
+    folder = partial(dest)
+    folder.mkdir(exist_ok=True)
+    with open(folder / _MARK, "a+") as mark:
         try:
             if fcntl is not None:
                 fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,27 +105,40 @@ def _staged(dest: Path, fingerprint: str, file: str | None) -> Iterator[Path]:
             raise ValueError(f"Another process is writing {dest}; wait for it, or name another destination.") from None
         mark.seek(0)
         if mark.read() != fingerprint:
-            for entry in partial.iterdir():
+            for entry in folder.iterdir():
                 if entry.name != _MARK:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             mark.truncate(0)
             mark.write(fingerprint)
             mark.flush()
         try:
-            yield partial
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                remedy = f"make room and run it again: it goes on from {partial}"
+            yield folder
+        except ValueError:
+            shutil.rmtree(folder)  # of the source or an option: there is nothing to go on with
+            raise
+        except (OSError, RuntimeError) as error:
+            cause = _cause(error)
+            if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+                remedy = f"make room and run it again: it goes on from {folder}"
                 raise OSError(f"The disk of {dest} is full; {remedy}.") from error
+            if cause is not error:
+                raise cause from None
             raise
         if file is None:
             if dest.exists():
                 dest.rmdir()  # empty, or somebody's by now
-            (partial / _MARK).unlink()
-            partial.rename(dest)
+            (folder / _MARK).unlink()
+            folder.rename(dest)
         else:
-            os.replace(partial / file, dest)
-            shutil.rmtree(partial)
+            os.replace(folder / file, dest)
+            shutil.rmtree(folder)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What stopped the writing: `torch.save` raises a RuntimeError over it."""
+    while isinstance(error, RuntimeError) and error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def companions(source: Path) -> list[Path]:

@@ -76,6 +76,19 @@ def same(found, expected):
         assert equal(found[name], expected[name]), name
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_announced_mtp_that_is_not_there(kind, tmp_path):
+    config = config_of("latent")
+    tensors = {name: t for name, t in random_tensors(config).items() if not name.startswith("mtp.")}
+    folder = write_folder(tmp_path / "hf", config, tensors)
+    conversion = formats.conversion(folder, kind)
+    assert "has no mtp.* tensors, which its config announces" in conversion.remarks[0]
+    convert(conversion, tmp_path / "theirs")
+    convert(formats.conversion(tmp_path / "theirs", "huggingface"), tmp_path / "back")
+    same(load_file(tmp_path / "back" / "model.safetensors"), tensors)
+    assert not NemotronHConfig.from_pretrained(tmp_path / "back").has_mtp
+
+
 # -- the oracle: Megatron's layout, written down row by row ------------------------------------------------------------
 
 

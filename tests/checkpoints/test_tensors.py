@@ -39,6 +39,7 @@ def test_reads_by_name(abc, monkeypatch):
     for name in ("a", "c", "b", "a"):
         assert torch.equal(folder.read(name), tensors[name])
     assert torch.equal(folder.read("a", 1), tensors["a"][1])
+    assert torch.equal(folder.read("b", slice(1, 9)), tensors["b"][1:])
 
 
 def test_a_file_of_the_index_is_not_there(abc):
@@ -46,6 +47,33 @@ def test_a_file_of_the_index_is_not_there(abc):
     (path / "model-2.safetensors").unlink()
     with pytest.raises(ValueError, match=r"lacks model-2.safetensors, which has the tensor c: fetch"):
         SafetensorsFolder(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", r"is no JSON \(.*\): fetch or write it again"),
+        ("[]", "has no names and values"),
+        ("{}", "has no weight_map"),
+    ],
+)
+def test_an_index_that_is_none(abc, text, problem):
+    path, _ = abc
+    (path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=f"model.safetensors.index.json {problem}"):
+        SafetensorsFolder(path)
+
+
+def test_a_tensor_in_two_files(abc):
+    path, tensors = abc
+    write(path, {"a": tensors["a"]})
+    with pytest.raises(ValueError, match=r"has model.safetensors and an index that names model-1.safetensors, two"):
+        SafetensorsFolder(path)
+    (path / "model.safetensors.index.json").unlink()
+    with pytest.raises(ValueError, match=r"has a in model-1.safetensors and in model.safetensors: take one of"):
+        SafetensorsFolder(path)
+    (path / "model.safetensors").unlink()
+    assert SafetensorsFolder(path).specs.keys() == tensors.keys()
 
 
 @pytest.mark.parametrize(("kept", "lost"), [(100, "a"), (-1, "b"), (-41, "a")])
@@ -114,6 +142,19 @@ def test_a_plan_refuses_what_does_not_fit(tmp_path):
     assert "left over: extra.0 [1, 3]" in list(plan.lines())
 
 
+def test_numbers_do_not_become_infinite(tmp_path):
+    """What was infinite stays so; what the narrower dtype cannot hold is said with the tensor's name."""
+
+    def stored(last, dtype):
+        source = SafetensorsFolder(write(tmp_path, {"a": torch.tensor([1.0, torch.inf, last])}))
+        return Entry("big", Spec((3,), dtype), {"a": (3,)}).read(source)
+
+    assert stored(65504, torch.float16).tolist() == [1, torch.inf, 65504]
+    assert stored(1e6, torch.bfloat16).isinf().tolist() == [False, True, False]
+    with pytest.raises(ValueError, match="big has values that float16 cannot hold; write bfloat16 or float32"):
+        stored(1e6, torch.float16)
+
+
 def test_a_fingerprint_is_of_files_tensors_and_options(tmp_path):
     plan = joined(tmp_path)
     same = plan.fingerprint("x", 1)
@@ -170,6 +211,18 @@ def test_the_copied_head_of_a_tied_model_is_passed_over(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     write(tmp_path, {**tensors, "lm_head.weight": tensors["backbone.embeddings.weight"].clone()})
     assert published.PublishedFolder(tmp_path).specs.keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("row", [0, 70, 96])
+def test_another_head_of_a_tied_model_is_not_lost(tmp_path, row):
+    model = small_model("tied", dtype=FLOAT)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    head = tensors["backbone.embeddings.weight"].clone()
+    head[row, 3] += 1
+    write(tmp_path, {**tensors, "lm_head.weight": head})
+    with pytest.raises(ValueError, match=r"has a lm_head.weight that differs .*: set it to false in config.json, or"):
+        published.PublishedFolder(tmp_path)
 
 
 def test_only_folders_of_this_family(tmp_path):

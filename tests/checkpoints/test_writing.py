@@ -170,6 +170,44 @@ def test_a_full_disk(source, tmp_path, monkeypatch):
     assert sum(written) == sum(tensor.nbytes for tensor in tensors().values())  # a bar still reaches its end
 
 
+@pytest.mark.parametrize("stop", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
+def test_torch_does_not_hide_what_stopped_it(source, tmp_path, stop):
+    """`torch.save` raises a RuntimeError over whatever stops it."""
+
+    class File:
+        calls = 0
+
+        def write(self, data):
+            self.calls += 1
+            if self.calls == 3:
+                raise stop
+            return len(data)
+
+        def flush(self):
+            pass
+
+    def write(folder, done):
+        torch.save({"a": torch.ones(9)}, File())
+
+    with pytest.raises(RuntimeError):
+        write(None, None)
+    wrong = conversion(source)
+    wrong.write = write
+    with pytest.raises((OSError, KeyboardInterrupt)) as error:
+        convert(wrong, tmp_path / "dest")
+    assert isinstance(error.value, KeyboardInterrupt) or "is full; make room and run it again" in str(error.value)
+    assert left_beside(tmp_path / "dest") == [".dest.partial"]
+
+
+def test_what_a_rerun_would_not_finish_leaves_nothing(source, tmp_path):
+    wrong = conversion(source)
+    wrong.plan.entries[-1] = Entry("t", Spec((10, 16), torch.float16), {"t00": (10, 16)}, lambda t: t * 1e6)
+    wrong.plan.unused = dict.fromkeys(wrong.plan.source.specs, "for this test")
+    with pytest.raises(ValueError, match="t has values that float16 cannot hold"):
+        convert(wrong, tmp_path / "dest")
+    assert not (tmp_path / "dest").exists() and left_beside(tmp_path / "dest") == []
+
+
 def test_another_error_of_the_disk_is_not_called_a_full_one(source, tmp_path, monkeypatch):
     def broken(tensor):
         raise OSError(errno.EIO, "Input/output error")
@@ -248,6 +286,18 @@ def test_a_result_that_is_one_file(source, tmp_path):
     convert(Conversion("bin", plan, write, file="result.bin"), tmp_path / "deep" / "model.bin")
     assert (tmp_path / "deep" / "model.bin").read_bytes() == b"whole"
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["model.bin"]
+
+
+def test_one_file_does_not_go_where_a_folder_is(source, tmp_path, monkeypatch):
+    plan = conversion(source).plan
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty is a folder and bin is one file; name a file"):
+        convert(Conversion("bin", plan, lambda folder, done: None, file="result.bin"), tmp_path / "empty")
+    assert left_beside(tmp_path / "dest") == ["empty"]
+    monkeypatch.chdir(tmp_path / "empty")
+    for name in (".", ".."):
+        with pytest.raises(ValueError, match=r"^\.\.? is a folder that is there; name one in it"):
+            convert(conversion(source), name)
 
 
 def test_half_a_file_is_removed(tmp_path):
