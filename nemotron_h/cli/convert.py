@@ -64,7 +64,7 @@ def run(
         list[str] | None, typer.Option(metavar="NAME", help="FP8, NVFP4: modules left as they are; may be repeated.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(metavar="DTYPE", help="Hugging Face: bfloat16, float16 or float32, not as stored.")
+        str | None, typer.Option(metavar="DTYPE", help="Hugging Face: bfloat16, float16, float32 or float64.")
     ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="PATH", help="The model's config.json, where the source does not have it.")
@@ -111,8 +111,12 @@ def run(
         _dry_run(conversion, facts, as_json)
         return
     start = time.perf_counter()
-    with _progress(f"{facts['from']} -> {to}", plan.nbytes) as done:
-        writing.convert(conversion, dest, done)
+    try:
+        with _progress(f"{facts['from']} -> {to}", plan.nbytes) as done:
+            writing.convert(conversion, dest, done)
+    except KeyboardInterrupt:
+        typer.echo(f"nemotron-h: Interrupted; run it again to go on from {writing.partial(dest)}.", err=True)
+        raise typer.Exit(130) from None
     facts |= {"dest": str(dest), "seconds": round(time.perf_counter() - start, 2), "bytes_on_disk": _on_disk(dest)}
     facts |= {"fewer_bits": _fewer_bits(plan), "next": shlex.join(["nemotron-h", "verify", str(source), str(dest)])}
     if as_json:

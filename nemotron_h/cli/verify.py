@@ -56,6 +56,7 @@ def run(
             raise ValueError(f"{record} is neither .safetensors nor .npz; name a file that ends so.")
         if record.exists():
             raise ValueError(f"{record} is there already; name another file, or remove it.")
+        record.parent.mkdir(parents=True, exist_ok=True)
     _keep_quiet()
     with tempfile.TemporaryDirectory(prefix="nemotron-h-verify-") as scratch:
         sources = {
@@ -66,7 +67,7 @@ def run(
         if ids is not None and text is not None:
             raise ValueError("A recording has its own tokens; leave --text out.")
         if ids is None:
-            ids = _tokens(list(sources.values()), tokens, text)
+            ids = _tokens(list(sources.values()), tokens, text, reference)
         recordings: dict[str, Recording] = {}
         for name, path in sources.items():
             recordings[name] = recorded.get(name) or compare.record(path, ids, dtype)
@@ -120,8 +121,8 @@ def _prepare(path: Path, scratch: Path) -> Path:
     return scratch
 
 
-def _tokens(folders: list[Path], number: int, text: str | None) -> Tensor:
-    """Random ids that every folder has, or those of a text."""
+def _tokens(folders: list[Path], number: int, text: str | None, reference: Path) -> Tensor:
+    """Random ids that every folder has, or those of a text; `reference` is how an error calls the first folder."""
     import torch
 
     from ..configuration import NemotronHConfig
@@ -129,7 +130,11 @@ def _tokens(folders: list[Path], number: int, text: str | None) -> Tensor:
     if text is not None:
         from transformers import AutoTokenizer
 
-        ids = AutoTokenizer.from_pretrained(folders[0], local_files_only=True)(text)["input_ids"]
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folders[0], local_files_only=True)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{reference} has no tokenizer; leave --text out, for random tokens.") from error
+        ids = tokenizer(text)["input_ids"]
         if not ids:
             raise ValueError(f"--text {text!r} has no tokens; write a longer one.")
         return torch.tensor(ids)

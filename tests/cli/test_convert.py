@@ -130,6 +130,19 @@ def test_refusals(twin, refused, base_model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_interrupted(twin, cli, base_model, tmp_path, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writing.Entry, "read", interrupt)
+        result = cli("convert", base_model, str(tmp_path / "dest"), "--to", "twin", code=130)
+    assert f"Interrupted; run it again to go on from {tmp_path / '.dest.partial'}." in result.stderr
+    assert not (tmp_path / "dest").exists()
+    cli("convert", base_model, str(tmp_path / "dest"), "--to", "twin")
+    assert [path.name for path in tmp_path.iterdir()] == ["dest"]
+
+
 def test_the_bar_reaches_its_end(twin, base_model, tmp_path, monkeypatch):
     """On a terminal it counts the bytes; nowhere else is anything drawn."""
     from nemotron_h.cli import convert

@@ -40,7 +40,7 @@ def test_two_folders(cli, cli_json, base_model, other) -> None:
 
 def test_recordings(cli, cli_json, refused, base_model, other, tmp_path) -> None:
     for name in ("a.npz", "a.safetensors"):
-        file = str(tmp_path / name)
+        file = str(tmp_path / "a new folder" / name)
         assert (
             f"{file} has what {base_model} computes of 9 tokens"
             in cli("verify", base_model, "--record", file, "--tokens", "9").stdout
@@ -50,7 +50,9 @@ def test_recordings(cli, cli_json, refused, base_model, other, tmp_path) -> None
         assert facts["first"] == "hidden_states.3" and facts["reference"] == file
         assert cli_json("verify", other, file, code=1)["first"] == "hidden_states.3"  # B's tokens
         assert "is there already" in refused("verify", base_model, "--record", file)
-    assert cli_json("verify", str(tmp_path / "a.npz"), str(tmp_path / "a.safetensors"))["equal"] is True
+    files = [str(tmp_path / "a new folder" / name) for name in ("a.npz", "a.safetensors")]
+    assert cli_json("verify", *files)["equal"] is True
+    assert len(list((tmp_path / "a new folder").iterdir())) == 2
     assert "has its own tokens; leave --text out" in refused("verify", file, base_model, "--text", "Hello")
 
 
@@ -92,6 +94,9 @@ def test_refusals(refused, base_model, tmp_path) -> None:
     assert "nothing to compare with: name B, or write what A computes with --record" in refused("verify", base_model)
     assert "neither .safetensors nor .npz" in refused("verify", base_model, "--record", str(tmp_path / "x.pt"))
     assert "There is no" in refused("verify", base_model, str(tmp_path / "nowhere"))
+    untold = shutil.copytree(base_model, tmp_path / "untold", ignore=shutil.ignore_patterns("tokenizer*"))
+    said = refused("verify", str(untold), base_model, "--text", "hi")
+    assert f"{untold} has no tokenizer; leave --text out" in said
     assert "'float7'" in refused("verify", base_model, base_model, "--dtype", "float7")
     save_file({"input_ids": torch.zeros(2, dtype=torch.int64)}, tmp_path / "empty.safetensors")
     assert "neither logits" in refused("verify", str(tmp_path / "empty.safetensors"), base_model)
