@@ -404,6 +404,7 @@ def test_an_interrupted_run_leaves_nothing_under_the_name_and_a_rerun_completes(
 def test_the_script_lists_and_converts(base, tmp_path, monkeypatch, capsys):
     adapter = make_adapter(base, tmp_path / "adapter")
     script = Path(__file__).parents[2] / "conversion" / "adapters.py"
+    monkeypatch.syspath_prepend(str(script.parent))
 
     def run(*options):
         monkeypatch.setattr(sys, "argv", [str(script), str(adapter), str(tmp_path / "dest"), *options])

@@ -401,6 +401,7 @@ def test_the_script_lists_and_converts(tmp_path, monkeypatch, capsys):
     config, weights = theirs(layers=1)
     store(tmp_path / "theirs", config, weights)
     script = Path(__file__).parents[2] / "conversion" / "mamba_ssm.py"
+    monkeypatch.syspath_prepend(str(script.parent))
 
     def run(*options):
         monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "theirs"), str(tmp_path / "ours"), *options])
