@@ -1,11 +1,11 @@
 """Speculation: `generate(prompt_lookup_num_tokens=...)`, `assistant_model=` and `assistant_early_exit=`.
 
 A draft of the next few tokens is checked by the model in one step, and what it would have said itself is kept; the
-cache goes back over the rest. Drafts come from the library's candidate generators, or from some of the model's own
-layers (`SelfDraft`). The loop is this package's, because it is exact on every supported version: logits processors and
-stopping criteria see what they see in plain `generate()`, once for every token that is generated and in the same
-order; generation ends where it would end; and where a draft comes without probabilities, the random draws are those of
-plain sampling, so that the same seed gives the same text.
+cache goes back over the rest. Drafts come from the text (`Lookup`), from some of the model's own layers (`SelfDraft`),
+or from an assistant through the library's candidate generators. The loop is this package's, because it is exact on
+every supported version: logits processors and stopping criteria see what they see in plain `generate()`, once for every
+token that is generated and in the same order; generation ends where it would end; and where a draft comes without
+probabilities, the random draws are those of plain sampling, so that the same seed gives the same text.
 """
 
 from __future__ import annotations
@@ -18,11 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.generation.candidate_generator import (
-    AssistedCandidateGenerator,
-    CandidateGenerator,
-    PromptLookupCandidateGenerator,
-)
+from transformers.generation.candidate_generator import AssistedCandidateGenerator, CandidateGenerator
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..cache import DRAFT, ROLLBACK, EmptyLayer, MambaLayer, NemotronHCache
@@ -62,6 +58,35 @@ class NemotronHGenerateOutput(GenerateDecoderOnlyOutput):
     """What `generate(return_dict_in_generate=True)` gives where it drafted: the library's output, and `speculation`."""
 
     speculation: Speculation | None = None
+
+
+class Lookup(CandidateGenerator):
+    """Drafts from the text itself: what came after the latest of the longest matches of its end.
+
+    A draft that reaches the end of the text goes on in itself, as a text that repeats itself does. It has twice as many
+    tokens as matched, at most `number`; `longest` is how many tokens of the end are compared.
+    """
+
+    def __init__(self, number: int, longest: int = 16):
+        self.number, self.longest = number, longest
+
+    def get_candidates(self, input_ids: Tensor, **_: Any) -> tuple[Tensor, None]:
+        """`input_ids` (1, L), and after them the draft, if any; no probabilities."""
+        ids = input_ids[0].cpu()
+        length = ids.shape[0]
+        found = (ids[:-1] == ids[-1]).nonzero()[:, 0]
+        if not found.numel():
+            return input_ids, None
+        matched = 1
+        while matched < min(self.longest, length - 1):
+            before = found[found >= matched]
+            before = before[ids[before - matched] == ids[-1 - matched]]
+            if not before.numel():
+                break
+            found, matched = before, matched + 1
+        start = int(found[-1]) + 1
+        places = start + torch.arange(min(self.number, 2 * matched)) % (length - start)
+        return torch.cat([input_ids, ids[places][None].to(input_ids)], dim=1), None
 
 
 class SelfDraft(CandidateGenerator):
@@ -125,6 +150,9 @@ def check(model: Any, generation_config: Any, assistant: Any = None) -> None:
     """
     mamba = "mamba" in model.config.layers_block_type
     exit_, lookup = generation_config.assistant_early_exit, generation_config.prompt_lookup_num_tokens
+    longest = generation_config.max_matching_ngram_size
+    if longest is not None and longest < 1:
+        raise ValueError(f"max_matching_ngram_size={longest} compares nothing: pass at least 1, or leave it out.")
     if exit_ is not None:
         _layers(model, exit_)
         if generation_config.num_assistant_tokens is not None:
@@ -224,6 +252,11 @@ class _Loop:
             threshold = generation_config.assistant_confidence_threshold or 0.0
             ends = getattr(generation_config, "_eos_token_tensor", None)
             self.generator: Any = SelfDraft(model, _layers(model, exit_), number, threshold, ends)
+        elif generation_config.prompt_lookup_num_tokens is not None:
+            # The library's takes the first match of two tokens, and asks the processors about tokens that nobody
+            # generated.
+            longest = generation_config.max_matching_ngram_size
+            self.generator = Lookup(generation_config.prompt_lookup_num_tokens, *([] if longest is None else [longest]))
         else:
             self.generator = model._get_candidate_generator(
                 generation_config=generation_config,
@@ -235,9 +268,6 @@ class _Loop:
                 assistant_tokenizer=assistant_tokenizer,
                 model_kwargs=model_kwargs,
             )
-        if isinstance(self.generator, PromptLookupCandidateGenerator):
-            # It would ask the processors about tokens that nobody generated; what they forbid is not kept anyway.
-            self.generator.logits_processor = None
         own = "mamba" in (getattr(getattr(assistant_model, "config", None), "layers_block_type", None) or ())
         self.draft_limit = DRAFT if own else self.limit
         wanted = generation_config.return_dict_in_generate
@@ -405,4 +435,4 @@ def settings(output: Any) -> dict[str, float | int] | None:
     }
 
 
-__all__ = ["NemotronHGenerateOutput", "SelfDraft", "Speculation"]
+__all__ = ["Lookup", "NemotronHGenerateOutput", "SelfDraft", "Speculation"]
