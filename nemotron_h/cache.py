@@ -650,8 +650,6 @@ class NemotronHCache(Cache):
         """Bytes that the cached tensors occupy, recorded ones included."""
         from .kv_quantization import nbytes as quantised_nbytes
 
-        from .kv_quantization import nbytes as quantised_nbytes
-
         total = 0
         for layer in self.layers:
             tensors = (

@@ -1,6 +1,6 @@
-"""Attention layers whose keys and values are kept in few bits: the library's own layers, beside Mamba states as they are.
+"""Attention layers that keep keys and values in few bits: the library's own, beside Mamba states as they are.
 
-`transformers.QuantizedCache` takes models of attention layers only; a layer of it does not mind what its neighbours are.
+`transformers.QuantizedCache` takes models of attention layers only; a layer of it does not mind its neighbours.
 """
 
 from __future__ import annotations
