@@ -30,15 +30,28 @@ def run(
         bool, typer.Option("--greedy", help="Always take the likeliest token.  [default: as the model's config says]")
     ] = False,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    prompt_lookup: Annotated[
+        int | None, typer.Option(min=1, help="Draft so many tokens from the text itself; the model checks them.")
+    ] = None,
+    assistant: Annotated[
+        str | None, typer.Option(metavar="FOLDER|HUB_ID", help="A smaller model that drafts; the model checks.")
+    ] = None,
+    early_exit: Annotated[
+        str | None,
+        typer.Option(metavar="N|I,J,..", help="Draft with the model's first N layers, or with these of them."),
+    ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     sampling = sampling_arguments(greedy, temperature, top_p, top_k)
+    drafts = draft_arguments(prompt_lookup, assistant, early_exit)
     text = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
     if not text.strip():
         raise ValueError(f"The prompt {text!r} is empty; write a question, or - and send one to standard input.")
     chat = load_chat(model, dtype, device)
+    if assistant is not None:
+        drafts = chat.drafts_of(load_chat(assistant, dtype, device))
     if seed is not None:
         from transformers import set_seed
 
@@ -47,7 +60,9 @@ def run(
     if not chat.has_template and not as_json:
         notes.print("This model has no chat template: the text is continued as it is.", style="dim")
     streamer = None if as_json else streamer_for(console, chat)
-    reply = chat.ask(text, system=system, think=think, streamer=streamer, max_new_tokens=max_new_tokens, **sampling)
+    reply = chat.ask(
+        text, system=system, think=think, streamer=streamer, max_new_tokens=max_new_tokens, **sampling, **drafts
+    )
     if as_json:
         result = {**asdict(reply), "tokens_per_second": round(reply.tokens_per_second, 2)}
         typer.echo(json.dumps(result, ensure_ascii=False))
@@ -55,6 +70,27 @@ def run(
     if not reply.finished:
         notes.print(f"Cut off after {reply.tokens} tokens; --max-new-tokens raises the limit.", style="yellow")
     notes.print(f"{reply.tokens} tokens in {reply.seconds:.2f} s, {reply.tokens_per_second:.1f} tokens/s", style="dim")
+    if (found := reply.speculation) is not None:
+        kept = f"{found['accepted']} of {found['drafted']} drafted tokens kept ({found['acceptance_rate']:.0%})"
+        notes.print(f"{found['tokens_per_step']:.2f} tokens per step, {kept}", style="dim")
+
+
+def draft_arguments(prompt_lookup: int | None, assistant: str | None, early_exit: str | None) -> dict[str, Any]:
+    """The options as `generate()` takes them, but for the assistant, which has to be loaded."""
+    given = {"--prompt-lookup": prompt_lookup, "--assistant": assistant, "--early-exit": early_exit}
+    if len(names := [name for name, value in given.items() if value is not None]) > 1:
+        raise ValueError(f"{' and '.join(names)} draft in different ways; leave all but one of them out.")
+    if prompt_lookup is not None:
+        return {"prompt_lookup_num_tokens": prompt_lookup}
+    if early_exit is None:
+        return {}
+    try:
+        layers = [int(part) for part in early_exit.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"--early-exit {early_exit!r} is neither a number of layers nor a list of them; write it like 4 or 0,1,3,4."
+        ) from None
+    return {"assistant_early_exit": layers if "," in early_exit else layers[0]}
 
 
 def sampling_arguments(

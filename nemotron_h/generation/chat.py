@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .reasoning import ReasoningStreamer, opens_reasoning, reasoning_switch
+from .speculation import report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,6 +26,7 @@ class Reply:
     tokens: int
     seconds: float
     finished: bool
+    speculation: dict[str, float] | None = None  # where drafts were checked: how many, how many were kept
 
     @property
     def tokens_per_second(self) -> float:
@@ -114,14 +116,22 @@ class Chat:
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
                 streamer=streamer,
+                return_dict_in_generate=True,
                 **generate_kwargs,
             )
         seconds = time.perf_counter() - started
         reasoning, answer = streamer.split()
-        last = int(output[0, -1])
+        last = int(output.sequences[0, -1])
         eos = self.model.generation_config.eos_token_id
         finished = last in (eos if isinstance(eos, list) else [eos])
-        return Reply(text, reasoning, answer, streamer.tokens, seconds, finished)
+        return Reply(text, reasoning, answer, streamer.tokens, seconds, finished, report(output))
+
+    def drafts_of(self, assistant: Chat) -> dict[str, Any]:
+        """Arguments for `ask` with which `assistant` drafts and this model checks, whatever tokenizer it has."""
+        arguments: dict[str, Any] = {"assistant_model": assistant.model}
+        if self.tokenizer.get_vocab() != assistant.tokenizer.get_vocab():
+            arguments |= {"tokenizer": self.tokenizer, "assistant_tokenizer": assistant.tokenizer}
+        return arguments
 
 
 def peak_memory(model: PreTrainedModel) -> int:

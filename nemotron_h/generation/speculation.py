@@ -423,7 +423,7 @@ class _Loop:
                 self.kept[name] = _split_model_outputs(self.kept[name], states, length, added, name == "attentions")
 
 
-def settings(output: Any) -> dict[str, float | int] | None:
+def report(output: Any) -> dict[str, float] | None:
     """What an output of `generate()` says of its drafts, as numbers to print; None where there were none."""
     found = getattr(output, "speculation", None)
     if found is None:
@@ -435,4 +435,4 @@ def settings(output: Any) -> dict[str, float | int] | None:
     }
 
 
-__all__ = ["Lookup", "NemotronHGenerateOutput", "SelfDraft", "Speculation"]
+__all__ = ["Lookup", "NemotronHGenerateOutput", "SelfDraft", "Speculation", "report"]
