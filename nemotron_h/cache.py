@@ -21,7 +21,7 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-from .compat import DummyLayer
+from .compat import DummyLayer, new_static_layer
 
 if TYPE_CHECKING:
     from .configuration import NemotronHConfig
@@ -661,9 +661,6 @@ class NemotronHCache(Cache):
             for name in ("_quantized_keys", "_quantized_values"):
                 if (held := getattr(layer, name, None)) is not None:
                     total += quantised_nbytes(held)
-            for name in ("_quantized_keys", "_quantized_values"):
-                if (held := getattr(layer, name, None)) is not None:
-                    total += quantised_nbytes(held)
             if isinstance(layer, MambaLayer) and layer._record is not None:
                 total += layer._record.nbytes
         return total
@@ -711,12 +708,8 @@ def _new_layer(
         from .kv_quantization import new_layer
 
         return new_layer(quantized)
-    if kind == "attention" and quantized is not None:
-        from .kv_quantization import new_layer
-
-        return new_layer(quantized)
     if kind == "attention":
-        return GrowingLayer() if max_cache_len is None else StaticLayer(max_cache_len)
+        return GrowingLayer() if max_cache_len is None else new_static_layer(max_cache_len)
     return EmptyLayer()
 
 
