@@ -39,7 +39,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from typing_extensions import Unpack
 
-from . import losses, ops, pieces
+from . import losses, mtp, ops, pieces
 from .cache import MambaLayer, NemotronHCache, cache_length, check_room, grows
 from .checkpoints import published
 from .compat import (
@@ -667,38 +667,45 @@ class NemotronHModel(NemotronHPreTrainedModel):
         if use_cache and cache is None:
             cache = NemotronHCache(self.config)
 
-        plainly_causal = False
-        if prepared is not None:
-            attention_mask = prepared["attention"]
-        elif "attention" not in self.config.layers_block_type:
-            attention_mask = None
-        elif seq_idx_BL is None and self._is_plainly_causal(x_BLD, attention_mask, cache):
-            attention_mask, plainly_causal = None, True
-        elif seq_idx_BL is not None:
-            varlen = varlen_kwargs(self.config, seq_idx_BL)
-            kwargs |= varlen
-            attention_mask = (
-                None
-                if varlen
-                else causal_mask(self.config, x_BLD, None, None, and_mask_function=same_document(seq_idx_BL, mask_BL))
-            )
-        else:
-            attention_mask = causal_mask(self.config, x_BLD, attention_mask, cache)
-
-        for layer in steps(self.layers, x_BLD, cache, mask_BL, plainly_causal):
-            x_BLD = layer(
-                x_BLD,
-                attention_mask=attention_mask,
-                mask_BL=mask_BL,
-                seq_idx_BL=seq_idx_BL,
-                cache=cache,
-                plainly_causal=plainly_causal,
-                **kwargs,
-            )
+        visible = (
+            {"attention_mask": prepared["attention"], "plainly_causal": False}
+            if prepared is not None
+            else self.who_sees_whom(self.config.layers_block_type, x_BLD, attention_mask, mask_BL, seq_idx_BL, cache)
+        )
+        for layer in steps(self.layers, x_BLD, cache, mask_BL, visible["plainly_causal"]):
+            x_BLD = layer(x_BLD, mask_BL=mask_BL, seq_idx_BL=seq_idx_BL, cache=cache, **visible, **kwargs)
         return NemotronHModelOutput(
             last_hidden_state=self.norm_f(x_BLD.to(self.norm_f.weight.dtype)),
             **{CACHE_NAME: cache if use_cache else None},
         )
+
+    def who_sees_whom(
+        self,
+        kinds: list[str],
+        x_BLD: Tensor,
+        attention_mask: Any,
+        mask_BL: Tensor | None,
+        seq_idx_BL: Tensor | None,
+        cache: Cache | None,
+    ) -> dict[str, Any]:
+        """What the attention layers among layers of these kinds are called with: a mask, that they are plainly causal,
+        or the lengths of packed documents."""
+        if "attention" not in kinds:
+            return {"attention_mask": None, "plainly_causal": False}
+        if seq_idx_BL is None:
+            if self._is_plainly_causal(x_BLD, attention_mask, cache):
+                return {"attention_mask": None, "plainly_causal": True}
+            return {
+                "attention_mask": causal_mask(self.config, x_BLD, attention_mask, cache),
+                "plainly_causal": False,
+            }
+        if varlen := varlen_kwargs(self.config, seq_idx_BL):
+            return {"attention_mask": None, "plainly_causal": False, **varlen}
+        same = same_document(seq_idx_BL, mask_BL)
+        return {
+            "attention_mask": causal_mask(self.config, x_BLD, None, None, and_mask_function=same),
+            "plainly_causal": False,
+        }
 
     def _is_plainly_causal(self, x_BLD: Tensor, attention_mask: Any, cache: Cache | None) -> bool:
         """Whether "sdpa" may run without the library's mask: inference over rows without padding, keys that end with
@@ -723,36 +730,55 @@ class NemotronHModel(NemotronHPreTrainedModel):
 
 class NemotronHMTPLayer(NemotronHBlock):
     """One layer of a multi-token-prediction depth; the first of a depth joins the next token's embedding in, the last
-    has the depth's own final norm. Held so that loading and saving keep it; nothing calls it yet."""
+    has the depth's own final norm."""
 
-    def __init__(self, config: NemotronHConfig, kind: str, first: bool, last: bool):
+    def __init__(self, config: NemotronHConfig, kind: str, idx: int, first: bool, last: bool):
         GradientCheckpointingLayer.__init__(self)
         width, eps = config.hidden_size, config.layer_norm_epsilon
         self.block_type = kind
         self.residual_in_fp32 = config.residual_in_fp32
         self.norm = NemotronHRMSNorm(width, eps)
-        self.mixer = build_mixer(config, kind, 0)
+        self.mixer = build_mixer(config, kind, idx)
         if first:
             self.enorm = NemotronHRMSNorm(width, eps)
             self.hnorm = NemotronHRMSNorm(width, eps)
             self.eh_proj = NemotronHLinear(2 * width, width, bias=False)
         if last:
             self.final_layernorm = NemotronHRMSNorm(width, eps)
+        self.first, self.last = first, last
+
+    def forward(self, x_BLD: Tensor, embeds_BLD: Tensor | None = None, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        if self.first:
+            assert embeds_BLD is not None
+            x_BLD = self.eh_proj(torch.cat([self.enorm(embeds_BLD), self.hnorm(x_BLD)], dim=-1))
+        x_BLD = super().forward(x_BLD, **kwargs)
+        return self.final_layernorm(x_BLD.to(self.final_layernorm.weight.dtype)) if self.last else x_BLD
 
 
 class NemotronHMultiTokenPredictor(nn.Module):
-    """The `mtp.*` tensors of a checkpoint: `num_nextn_predict_layers` depths of `mtp_layers_block_type`."""
+    """The `mtp.*` tensors of a checkpoint: `num_nextn_predict_layers` depths of `mtp_layers_block_type`. What they are
+    for, the loss and drafting, is in mtp.py."""
 
     def __init__(self, config: NemotronHConfig):
         super().__init__()
         kinds = config.mtp_layers_block_type
+        self.depths, self.pattern_length = config.num_nextn_predict_layers, len(kinds)
         self.layers = nn.ModuleList(
-            NemotronHMTPLayer(config, kind, first=idx == 0, last=idx == len(kinds) - 1)
-            for _depth in range(config.num_nextn_predict_layers)
+            NemotronHMTPLayer(config, kind, idx, first=idx == 0, last=idx == len(kinds) - 1)
+            for _depth in range(self.depths)
             for idx, kind in enumerate(kinds)
         )
-        # No loss reaches it: without this, DDP waits for its gradients.
-        self.requires_grad_(False)
+
+    def forward(self, x_BLD: Tensor, embeds_BLD: Tensor, depth: int, **kwargs: Any) -> Tensor:
+        """The hidden states of one depth, counted from 0, from those of the one before (of the model for the first)
+        and the embeddings of the tokens that many places further on; (B, L, D) each. The head takes them as they are.
+
+        Depths that the checkpoint has not are its last one again.
+        """
+        first = min(depth, self.depths - 1) * self.pattern_length
+        for layer in self.layers[first : first + self.pattern_length]:
+            x_BLD = layer(x_BLD, embeds_BLD, **kwargs)
+        return x_BLD
 
 
 class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
@@ -761,9 +787,13 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
     `model.chunked_loss = True` trains without logits: given labels in training mode, forward computes the same loss a
     few columns of the vocabulary at a time, and `outputs.logits` is None. `skip_logits=` of a forward says so for that
     call, in either mode. Off unless asked for, because scripts and trainers read the logits of a training step.
+
+    `model.mtp_loss_scale = 0.3` trains the multi-token-prediction head that Nemotron 3 checkpoints have, or one that
+    `nemotron_h.mtp.add_head` made; `model.mtp_depths = 2` trains it two tokens ahead, its last depth used again.
     """
 
     chunked_loss = False
+    mtp_depths: int | None = None
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
@@ -774,7 +804,27 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = NemotronHLinear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = NemotronHMultiTokenPredictor(config) if config.has_mtp else None
+        self.mtp_loss_scale = getattr(config, "mtp_loss_scale", None) or 0.0
         self.post_init()
+
+    @property
+    def mtp_loss_scale(self) -> float:
+        """What the mean loss of the MTP depths counts in `loss`; 0, unless the config has an `mtp_loss_scale`, is off.
+
+        Setting it freezes or unfreezes `mtp.*`: a parameter that no loss reaches would keep DDP waiting.
+        """
+        return self._mtp_loss_scale
+
+    @mtp_loss_scale.setter
+    def mtp_loss_scale(self, scale: float) -> None:
+        if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not 0 <= scale < math.inf:
+            raise ValueError(f"mtp_loss_scale is {scale!r}: give a number such as 0.3, or 0 for no MTP loss.")
+        if scale:
+            mtp.check_head(self, "mtp_loss_scale")
+        self._mtp_loss_scale = float(scale)
+        for parameter in self.mtp.parameters() if self.mtp is not None else ():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(scale > 0)
 
     @can_return_tuple
     def forward(
@@ -808,8 +858,11 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
                 of your own (`model.loss_function = ...`) gets its logits all the same.
             logits_to_keep: compute the logits of the last so many positions only (0: all), or of the positions in
                 this index tensor.
+
+        With `model.mtp_loss_scale` the loss has the MTP depths' added, scaled (`mtp.loss`).
         """
         shift_labels, skip_logits = kwargs.pop("shift_labels", None), kwargs.pop("skip_logits", None)
+        drafter = kwargs.pop("drafter", None)  # in generate(): who is to get the hidden states
         _check_kwargs(kwargs)
         cache = pick_cache(cache=cache, past_key_values=past_key_values, cache_params=cache_params)
         inputs = {
@@ -824,11 +877,13 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         packed = any(given is not None for given in packing.values())
         piece = 0 if packed else pieces.wanted(self.model, cache, position_ids=position_ids, **inputs)
         if piece:
-            kept = logits_to_keep if isinstance(logits_to_keep, int) else 0
+            kept = logits_to_keep if isinstance(logits_to_keep, int) and drafter is None else 0
             outputs = pieces.run(self.model, piece, kept, cache, **inputs)
             keep = slice(None) if kept else keep
         else:
             outputs = self.model(cache=cache, position_ids=position_ids, **inputs, **packing)
+        if drafter is not None:
+            drafter.hidden_states_BLD = outputs.last_hidden_state
         x_BLD = outputs.last_hidden_state[:, keep]
         loss = logits_BLV = None
         has_labels = labels is not None or shift_labels is not None
@@ -847,6 +902,20 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             logits_BLV = logits_BLV.to(torch.promote_types(logits_BLV.dtype, torch.float32))
             if has_labels:
                 loss = self.loss_function(logits_BLV, labels, self.vocab_size, shift_labels=shift_labels, **kwargs)
+        if loss is not None and self.mtp_loss_scale:
+            loss = loss + self.mtp_loss_scale * mtp.loss(
+                self,
+                outputs.last_hidden_state,
+                labels,
+                shift_labels=shift_labels,
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cache=cache,
+                num_items_in_batch=kwargs.get("num_items_in_batch"),
+                **packing,
+            )
         return NemotronHCausalLMOutput(
             loss=loss,
             logits=logits_BLV,
@@ -862,10 +931,15 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         Args:
             prompt_cache: a `nemotron_h.PromptCache`: the prompt goes on from the longest kept beginning of it, and is
                 kept in turn, also at `prompt_boundaries=[lengths]`; see `generation.prefixes.generate`.
+            use_mtp: draft with the MTP head, `num_assistant_tokens` at a time (as many as it has depths, unless given;
+                more: its last depth again). The tokens are those without it, up to rounding; sampled ones are drawn
+                from the same distribution.
 
         Raises:
-            ValueError: a cache of `transformers`' own, which without attention layers does not know its length.
+            ValueError: a cache of `transformers`' own, which without attention layers does not know its length;
+                `use_mtp` and a checkpoint without an MTP head, or more tokens at a time than the cache takes back.
         """
+        kwargs = mtp.generation_options(self, args, kwargs)
         if (prompt_cache := kwargs.pop("prompt_cache", None)) is not None:
             from .generation import prefixes
 
@@ -907,6 +981,11 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         from .generation import speculation
 
         return speculation.decode(self, super()._assisted_decoding, input_ids, **kwargs)
+
+    def _get_candidate_generator(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if mtp.is_asked(generation_config):
+            return mtp.Drafter(self, generation_config, kwargs.get("logits_processor"))
+        return super()._get_candidate_generator(generation_config, *args, **kwargs)
 
     def _prepare_cache_for_generation(
         self,

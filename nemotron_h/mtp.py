@@ -1,0 +1,335 @@
+"""Multi-token prediction: what the `mtp.*` head of a checkpoint is trained with, and how it drafts in `generate()`.
+
+Depth k (from 1) sees at position t the hidden state of depth k-1 there (depth 0: the model's own, after `norm_f`) and
+the embedding of token t+k, and predicts token t+k+1 through the model's own `lm_head`:
+
+    h_k[t] = final_layernorm(layers_k(eh_proj([enorm(embed(x[t+k])), hnorm(h_{k-1}[t])])))
+
+After `norm_f`, because NVIDIA's own training says so (NeMo Automodel's MTPModule takes "output of the main model's
+final norm (h_0)"); vLLM's drafter is given the same. Depths beyond those of the checkpoint are its last one again.
+
+Shape suffixes as in modeling.py.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from . import losses
+from .cache import ROLLBACK, NemotronHCache, cache_length
+from .packing import document_ids, padding_mask, whole_mask
+
+MOST = ROLLBACK // 2
+"""Tokens to draft at a time, at most: what a Mamba layer takes back, the model's or the head's."""
+
+_WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+_REMEDY = "load one that has (Nemotron 3 Super, Ultra), or make one with nemotron_h.mtp.add_head and train it"
+
+
+def check_head(model: Any, wanted: str) -> None:
+    """Raises `ValueError` for a model without an MTP head, which `wanted` asks for."""
+    if getattr(model, "mtp", None) is None:
+        raise ValueError(
+            f"{wanted} needs a multi-token-prediction head, and this checkpoint has none "
+            f"(num_nextn_predict_layers={model.config.num_nextn_predict_layers}, no mtp.* tensors): {_REMEDY}."
+        )
+
+
+def add_head(model: Any, pattern: str = "*-", depths: int = 1) -> Any:
+    """Give a model a new MTP head, to be trained (`model.mtp_loss_scale`): in place, and returned.
+
+    Args:
+        pattern: the layers of a depth, as in `hybrid_override_pattern`; published heads are "*E".
+        depths: how many tokens ahead it has layers of its own for.
+
+    Raises:
+        ValueError: the model has a head already, or the config would be wrong.
+    """
+    from .modeling import NemotronHMultiTokenPredictor
+
+    if getattr(model, "mtp", None) is not None:
+        raise ValueError(
+            f"The model has an MTP head already, of {model.mtp.depths} depths: train it, or set model.mtp = None first."
+        )
+    config = copy.copy(model.config)
+    config.mtp_hybrid_override_pattern, config.num_nextn_predict_layers = pattern, depths
+    config.validate()
+    if not config.has_mtp:
+        raise ValueError(f"depths is {depths}: give the number of MTP depths, at least 1.")
+    model.config.mtp_hybrid_override_pattern, model.config.num_nextn_predict_layers = pattern, depths
+    head = NemotronHMultiTokenPredictor(model.config)
+    for module in head.modules():
+        model._init_weights(module)
+    # The head's output goes where the model's own goes, into lm_head.
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            if name.endswith("final_layernorm.weight"):
+                parameter.copy_(model.model.norm_f.weight)
+    model.mtp = head.to(model.model.norm_f.weight.device, model.dtype).train(model.training)
+    model.mtp_loss_scale = model.mtp_loss_scale
+    return model
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+def loss(
+    model: Any,
+    x_BLD: Tensor,
+    labels: Tensor | None,
+    *,
+    shift_labels: Tensor | None = None,
+    input_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    attention_mask: Any = None,
+    position_ids: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    cache: Cache | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """The mean over the depths of their cross-entropies, a scalar in float32 or better; the logits never exist whole.
+
+    At position t, depth k has the target that the model itself has at the k-th token after t. "After" skips padding,
+    wherever it is; there is no target where t is padding, or where that token or its target is another document's.
+
+    Args:
+        x_BLD: (B, L, D) the model's hidden states after `norm_f`.
+        labels: (B, L) target ids, -100 where there is none; or `shift_labels`, shifted by one already.
+        num_items_in_batch: what the sum of each depth is divided by; None: the number of its targets (0 for none).
+
+    The others are the model's inputs, as in `NemotronHForCausalLM.forward`. `model.mtp_depths` is the number of depths.
+
+    Raises:
+        ValueError: no head, `mtp_depths` below 1, or a cache that holds tokens: the head has not seen them.
+    """
+    check_head(model, "The MTP loss")
+    depths = _depths(model)
+    # The model may have filled an empty one by now.
+    if cache is not None and (before := int(cache_length(cache)) - x_BLD.shape[1]) > 0:
+        raise ValueError(
+            f"The MTP loss goes over whole sequences and the cache passed held {before} tokens: pass labels without a "
+            "cache, or set model.mtp_loss_scale = 0."
+        )
+    embeds_BLD = model.model.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+    batch, length = embeds_BLD.shape[:2]
+    attention_mask = whole_mask(attention_mask, batch, length, None)
+    mask_BL = padding_mask(attention_mask, length)
+    seq_idx_BL = document_ids(embeds_BLD, mask_BL, position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k, None)
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = F.pad(labels, (0, 1), value=losses.IGNORED)[..., 1:]
+        if seq_idx_BL is not None:
+            # The last token of a document has its target in the next one.
+            last_BL = F.pad(seq_idx_BL[:, 1:] != seq_idx_BL[:, :-1], (0, 1), value=True)
+            shift_labels = shift_labels.masked_fill(last_BL.to(shift_labels.device), losses.IGNORED)
+    after_BL = next_tokens(batch, length, mask_BL, x_BLD.device)
+    visible = model.model.who_sees_whom(
+        model.config.mtp_layers_block_type, x_BLD, attention_mask, mask_BL, seq_idx_BL, None
+    )
+    total = x_BLD.new_zeros((), dtype=torch.promote_types(x_BLD.dtype, torch.float32))
+    there_BL = torch.ones_like(after_BL, dtype=torch.bool) if mask_BL is None else mask_BL
+    at_BL = torch.arange(length, device=x_BLD.device).expand(batch, length)
+    for depth in range(depths):
+        there_BL = there_BL & (after_BL.gather(1, at_BL) < length)
+        at_BL = after_BL.gather(1, at_BL).clamp(max=length - 1)
+        if seq_idx_BL is not None:
+            there_BL = there_BL & (seq_idx_BL.gather(1, at_BL) == seq_idx_BL)
+        index_BLD = at_BL.unsqueeze(-1).expand(-1, -1, embeds_BLD.shape[-1]).to(embeds_BLD.device)
+        x_BLD = model.mtp(
+            x_BLD,
+            embeds_BLD.gather(1, index_BLD).to(x_BLD.device),
+            depth,
+            mask_BL=mask_BL,
+            seq_idx_BL=seq_idx_BL,
+            **visible,
+        )
+        targets_BL = shift_labels.to(at_BL.device).gather(1, at_BL).masked_fill(~there_BL, losses.IGNORED)
+        number = targets_BL.ne(losses.IGNORED).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        total = total + losses.without_logits(model.lm_head, x_BLD, None, targets_BL, num_items_in_batch=number)
+    return total / depths
+
+
+def _depths(model: Any) -> int:
+    depths = model.mtp.depths if model.mtp_depths is None else model.mtp_depths
+    if not isinstance(depths, int) or isinstance(depths, bool) or depths < 1:
+        raise ValueError(
+            f"mtp_depths is {depths!r}: give how many tokens ahead to predict, or None for the head's own."
+        )
+    return depths
+
+
+def next_tokens(batch: int, length: int, mask_BL: Tensor | None, device: Any = None) -> Tensor:
+    """(B, L) the position of the token after each one, padding skipped; `length` where there is none."""
+    index_BL = torch.arange(length, device=device).expand(batch, length)
+    if mask_BL is not None:
+        index_BL = index_BL.masked_fill(~mask_BL.to(index_BL.device), length)
+    at_or_after_BL = index_BL.flip(1).cummin(dim=1).values.flip(1)
+    return F.pad(at_or_after_BL[:, 1:], (0, 1), value=length)
+
+
+# -- drafting --------------------------------------------------------------------------------------------------------
+
+
+def is_asked(generation_config: Any) -> bool:
+    """Whether this generation drafts with the head; what `transformers` prefers to it goes before."""
+    return (
+        bool(getattr(generation_config, "use_mtp", None))
+        and getattr(generation_config, "prompt_lookup_num_tokens", None) is None
+        and getattr(generation_config, "assistant_early_exit", None) is None
+    )
+
+
+def generation_options(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of `generate()`, checked for `use_mtp`, with a number of drafts where none is given:
+    `transformers` would fill in the 20 that it drafts with a model.
+
+    Raises:
+        ValueError: `use_mtp` and no head.
+    """
+    kwargs = dict(kwargs)
+    given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    configs = [config for config in (given, model.generation_config) if config is not None]
+
+    def setting(name: str) -> Any:
+        values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in values if value is not None), None)
+
+    if kwargs.get("use_mtp", setting("use_mtp")):
+        check_head(model, "use_mtp=True")
+        number = setting("num_assistant_tokens")
+        kwargs["num_assistant_tokens"] = number = model.mtp.depths if number is None else number
+        if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= MOST:
+            raise ValueError(
+                f"num_assistant_tokens is {number!r}: with use_mtp draft 1 to {MOST} tokens at a time, which is what a "
+                "cache can take back."
+            )
+    return kwargs
+
+
+class Drafter(CandidateGenerator):
+    """Drafts a few tokens of one row with the MTP head, for generation/speculation.py to check.
+
+    Every depth of the head has a cache of its own, of the pairs (hidden state, token after it) of the text so far. The
+    entries that stand on drafted tokens are taken back after drafting. Depths beyond the head's go on in the cache of
+    its last, one entry a token, as serving engines do it. Where the text goes on from a cache, the head sees what is
+    new.
+    """
+
+    requires_model_outputs = True
+
+    def __init__(self, model: Any, generation_config: Any, logits_processor: Any = None):
+        check_head(model, "use_mtp=True")
+        self.model = model
+        self.number = generation_config.num_assistant_tokens
+        self.max_length = generation_config.max_length
+        self.do_sample = generation_config.do_sample
+        # The others may count their calls (a thinking budget), and are the model's; these make drafts more like its.
+        self.warpers = [warper for warper in logits_processor or () if isinstance(warper, _WARPERS)]
+        # Given to the model's forward, which leaves its hidden states here: `output_hidden_states` would have every
+        # layer watched by hooks, and the fast paths left.
+        self.model_kwargs_overrides: dict[str, Any] = {"drafter": self}
+        self.hidden_states_BLD: Tensor | None = None
+        layers = copy.copy(model.config)
+        layers.layers_block_type = model.config.mtp_layers_block_type
+        self._caches = [NemotronHCache(layers) for _ in range(min(self.number, model.mtp.depths))]
+        for cache in self._caches:
+            cache.activate_past_recording()
+        # Of each depth the output at the last position that stands on no drafted token: the next depth begins there.
+        self._last: list[Tensor | None] = [None] * len(self._caches)
+        self._begun = False
+
+    @torch.no_grad()
+    def get_candidates(
+        self,
+        input_ids: Tensor,
+        model_kwargs: Mapping[str, Any] | None = None,
+        model_outputs: Any = None,
+        is_first_iteration: bool = False,
+        n_last_matches: Any = 0,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(1, L) ids -> them with drafts after them, and the drafts' logits (1, drafts, V) where they were drawn."""
+        if is_first_iteration:  # the model has not seen the prompt yet
+            return input_ids, None
+        assert self.hidden_states_BLD is not None
+        x_BLD, self.hidden_states_BLD = self.hidden_states_BLD, None
+        certain = int(n_last_matches) + 1 if self._begun else x_BLD.shape[1]
+        self._begun = True
+        number = min(self.number, self.max_length - input_ids.shape[1] - 1)
+        if number < 1:
+            return input_ids, None
+        mask = (model_kwargs or {}).get("attention_mask")
+        x_BLD, ids_BL = _without_padding(x_BLD[:, :certain], input_ids[:, -certain:], mask)
+        drafts, scores = self._draft(input_ids, x_BLD, ids_BL, number)
+        return torch.cat([input_ids, *drafts], dim=1), torch.stack(scores, dim=1) if self.do_sample else None
+
+    def _draft(
+        self, input_ids: Tensor, x_BLD: Tensor, ids_BL: Tensor, number: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The drafts, (1, 1) each, and their scores (1, V), from the model's new hidden states and the tokens after
+        them, of which the last has no hidden state yet."""
+        drafts: list[Tensor] = []
+        scores: list[Tensor] = []
+        standing_on_drafts = [0] * len(self._caches)
+        y_BLD = x_BLD
+        for step in range(number):
+            depth = min(step, len(self._caches) - 1)
+            again = step > depth
+            tokens_BL = torch.cat([ids_BL, *drafts], dim=1)[:, -1 if again else -x_BLD.shape[1] :]
+            y_BLD = self._through(depth, y_BLD[:, -1:] if again else x_BLD, tokens_BL)
+            standing_on_drafts[depth] += 1 if again else min(depth, y_BLD.shape[1])
+            if not again:
+                # The next depth's inputs: these, and the one before them, which stood on a draft the last time.
+                before = self._last[depth]
+                x_BLD = y_BLD if before is None else torch.cat([before, y_BLD], dim=1)
+                if y_BLD.shape[1] > depth:
+                    self._last[depth] = y_BLD[:, y_BLD.shape[1] - 1 - depth].unsqueeze(1)
+            scores_BV = self.model.lm_head(y_BLD[:, -1]).to(input_ids.device, torch.float32)
+            if self.do_sample:
+                for warper in self.warpers:
+                    scores_BV = warper(input_ids, scores_BV)
+                token_BL = torch.multinomial(scores_BV.softmax(dim=-1), num_samples=1)
+            else:
+                token_BL = scores_BV.argmax(dim=-1, keepdim=True)
+            drafts.append(token_BL.to(input_ids.device))
+            scores.append(scores_BV)
+        for cache, entries in zip(self._caches, standing_on_drafts, strict=True):
+            cache.crop(-entries)
+        return drafts, scores
+
+    def _through(self, depth: int, x_BLD: Tensor, tokens_BL: Tensor) -> Tensor:
+        trunk, cache = self.model.model, self._caches[depth]
+        embeds_BLD = trunk.embeddings(tokens_BL).to(x_BLD.device)
+        visible = trunk.who_sees_whom(cache.kinds, x_BLD, None, None, None, cache)
+        return self.model.mtp(x_BLD, embeds_BLD, depth, cache=cache, **visible)
+
+    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: Any) -> None:
+        """The number of drafts stays."""
+
+
+def _without_padding(x_BLD: Tensor, ids_BL: Tensor, attention_mask: Any) -> tuple[Tensor, Tensor]:
+    """The pairs of a row of which neither token is padding; the mask's last column is that of the last of `ids_BL`."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or bool(attention_mask.all()):
+        return x_BLD, ids_BL
+    columns = attention_mask[0, -1 - ids_BL.shape[1] :].bool()
+    pairs = columns[:-1] & columns[1:]
+    return x_BLD[:, pairs.to(x_BLD.device)], ids_BL[:, pairs.to(ids_BL.device)]
+
+
+__all__ = ["Drafter", "add_head", "check_head", "loss"]
