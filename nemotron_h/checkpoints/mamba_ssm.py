@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import re
 import struct
 import zipfile
 import zlib
@@ -463,7 +464,7 @@ class TorchFile:
         except Exception as error:  # torch has no error of its own for a broken file
             lost = _first_cut(self.path)
             lost = f", from the tensor {lost} on" if lost else ""
-            reason = str(error).split("\n")[0].removesuffix(".")
+            reason = re.split(r"\n|\. | \(", str(error))[0].removesuffix(".")
             raise ValueError(f"{self.path} cannot be read{lost} ({reason}): fetch or write it again.") from error
         if not isinstance(loaded, dict):
             raise ValueError(f"{self.path} holds a {type(loaded).__name__}; save the model's state_dict() in it.")

@@ -345,6 +345,9 @@ def test_a_file_cut_short_names_the_first_tensor_that_is_gone(tmp_path):
     for size in (0, 10, 100, len(whole) - 30):  # in the list of names, and in that of the records
         (folder / "pytorch_model.bin").write_bytes(whole[:size])
         refused(folder, tmp_path / "ours", "pytorch_model.bin", "cannot be read")
+    with pytest.raises(ValueError) as error:
+        mamba_ssm.to_huggingface(folder)
+    assert ". " not in str(error.value)  # torch says more than one
 
 
 def test_an_interrupted_run_leaves_nothing_under_the_name_and_a_rerun_completes(tmp_path, monkeypatch):
