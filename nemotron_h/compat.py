@@ -32,6 +32,20 @@ _MASK_CACHE_NAME: str = next(n for n in inspect.signature(create_causal_mask).pa
 DummyLayer: type = getattr(cache_utils, "DummyLayer", object)
 
 
+class _CroppableStaticLayer(cache_utils.StaticLayer):
+    """Before 5.24 a static layer could not be cropped."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        # In place: the address is static. What is past the length is written over by the next update.
+        self.cumulative_length.sub_(abs(tokens_to_remove))
+
+
+def new_static_layer(max_cache_len: int) -> cache_utils.StaticLayer:
+    """Keys and values for so many tokens, which can forget the last of them."""
+    croppable = hasattr(cache_utils.StaticLayer, "crop")
+    return (cache_utils.StaticLayer if croppable else _CroppableStaticLayer)(max_cache_len)
+
+
 def pick_cache(**spellings: Cache | None) -> Cache | None:
     """The one cache among its spellings; two different ones are an error."""
     given = {name: cache for name, cache in spellings.items() if cache is not None}

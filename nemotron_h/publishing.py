@@ -61,8 +61,8 @@ def publish(
     """
     adapter = hasattr(model, "peft_config")
     inner = model.get_base_model() if adapter else model
-    if getattr(inner.config, "model_type", None) != "nemotron_h":
-        kind = getattr(inner.config, "model_type", type(inner).__name__)
+    kind = getattr(getattr(inner, "config", None), "model_type", type(inner).__name__)
+    if kind != "nemotron_h":
         raise ValueError(f"This is a {kind!r} model; publish() knows nemotron_h alone: use model.push_to_hub().")
     source = _source(model, adapter)
     if base_model is None:

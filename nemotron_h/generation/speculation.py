@@ -88,6 +88,9 @@ class Lookup(CandidateGenerator):
         places = start + torch.arange(min(self.number, 2 * matched)) % (length - start)
         return torch.cat([input_ids, ids[places][None].to(input_ids)], dim=1), None
 
+    def update_candidate_strategy(self, *_: Any) -> None:
+        """Nothing: the next match decides."""
+
 
 class SelfDraft(CandidateGenerator):
     """Drafts of the model itself with some of its layers, on its own cache: no second model and no second prompt.
@@ -116,6 +119,9 @@ class SelfDraft(CandidateGenerator):
         return view
 
     @torch.no_grad()
+    def update_candidate_strategy(self, *_: Any) -> None:
+        """Nothing: a draft ends where the layers are unsure."""
+
     def get_candidates(  # type: ignore[override]
         self, input_ids: Tensor, model_kwargs: dict[str, Any], is_first_iteration: bool, **_: Any
     ) -> tuple[Tensor, None]:
@@ -286,7 +292,7 @@ class _Loop:
         if isinstance(self.generator, AssistedCandidateGenerator):
             assistant = self.generator.assistant_model.generation_config
             if getattr(assistant, "num_assistant_tokens_schedule", None) == "heuristic":
-                assistant.num_assistant_tokens = self.generator.num_assistant_tokens
+                assistant.num_assistant_tokens = self._held(self.generator.num_assistant_tokens)
         if not self.config.return_dict_in_generate:
             return self.ids
         return NemotronHGenerateOutput(
@@ -344,15 +350,18 @@ class _Loop:
             most = min(most, FIRST if first else self.limit)
         if most < 1:
             return self.ids, None
-        if self.draft_limit is not None and hasattr(self.generator, "num_assistant_tokens"):
-            # Schedules let drafts grow without an end.
-            self.generator.num_assistant_tokens = min(self.generator.num_assistant_tokens, self.draft_limit)
+        if hasattr(self.generator, "num_assistant_tokens"):
+            self.generator.num_assistant_tokens = self._held(self.generator.num_assistant_tokens)
         drafted, logits_BLV = self._candidates(first)
         number = min(drafted.shape[1] - self.ids.shape[1], most)
         drafted = drafted[:, : self.ids.shape[1] + number].to(self.ids.device)
         if logits_BLV is None or not self.config.do_sample or number < 1:
             return drafted, None
         return drafted, logits_BLV[0, :number].to(self.ids.device).float().softmax(-1)
+
+    def _held(self, number: int) -> int:
+        """Schedules let drafts grow without an end."""
+        return number if self.draft_limit is None else min(number, self.draft_limit)
 
     def _candidates(self, first: bool) -> tuple[Tensor, Tensor | None]:
         generator = self.generator
