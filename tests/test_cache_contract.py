@@ -13,6 +13,7 @@ from transformers.cache_utils import QuantizedLayer
 
 from nemotron_h import NemotronHCache
 from nemotron_h.cache import MambaLayer
+from nemotron_h.compat import CACHE_NAME
 
 FAMILIES = ["dense", "moe", "latent", "mamba", "attention"]
 NEW = version.parse(transformers.__version__) >= version.parse("5.24")
@@ -237,13 +238,14 @@ def test_generate_makes_a_quantised_cache():
     output = model.generate(
         ids, cache_implementation="quantized", cache_config={"backend": "quanto", "residual_length": 4}, **settings
     )
-    assert [type(layer) for layer in output.cache.layers].count(Rounded) == 1
+    cache = output[CACHE_NAME]
+    assert [type(layer) for layer in cache.layers].count(Rounded) == 1
     assert torch.equal(output.sequences, model.generate(ids, **settings).sequences)
     plain = NemotronHCache(model.config)
     with torch.no_grad():
         model(output.sequences[:, :-1], cache=plain)
-    layer = output.cache.layers[model.config.layers_block_type.index("attention")]
-    ours, theirs = output.cache.nbytes(), plain.nbytes()
+    layer = cache.layers[model.config.layers_block_type.index("attention")]
+    ours, theirs = cache.nbytes(), plain.nbytes()
     keys = 2 * 2 * model.config.num_key_value_heads * model.config.head_dim  # of both rows, keys and values
     held = layer._quantized_keys[0].shape[-2]
     assert theirs - ours == keys * (held * (8 - 2)) - 2 * 4  # float16 in place of float64, and two scales of float32
