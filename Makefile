@@ -17,7 +17,7 @@ PY ?= $(VENV)/bin/python
 JOBS ?= 2
 PYTEST_ARGS ?=
 # Each has a time budget of its own, ten minutes in all; BENCH_ARGS=--full measures everything whole, for hours.
-BENCHMARKS ?= loading convert tiny_decode moe mamba_layer decode long_prefill prefill modelopt training snapshots
+BENCHMARKS ?= loading convert tiny_decode moe mamba_layer decode long_prefill prefill modelopt training snapshots speculation
 BENCH_ARGS ?=
 # Puts the library's own tests where tests/library looks; without the package index they are skipped, which pytest says.
 FETCH ?= tests/library/fetch.py

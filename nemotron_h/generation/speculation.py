@@ -333,7 +333,7 @@ class _Loop:
         self.stats.drafted += number
         self.matches = matches
         self.generator.update_candidate_strategy(self.ids, logits_LV[None], matches)
-        self._keep_states(outputs, length, self.ids.shape[1] if first else taken)
+        self._keep_states(outputs, number, taken, first)
         self.model_kwargs = self.model._update_model_kwargs_for_generation(
             outputs, self.model_kwargs, is_encoder_decoder=False, num_new_tokens=taken
         )
@@ -424,12 +424,18 @@ class _Loop:
             if self.kept[name] is not None:
                 self.kept[name] += (tensor,)
 
-    def _keep_states(self, outputs: Any, length: int, added: int) -> None:
-        from transformers.generation.utils import _split_model_outputs
-
+    def _keep_states(self, outputs: Any, number: int, taken: int, first: bool) -> None:
+        """As plain generate() has them: one entry a token, what a step of one would have given; the prompt's first."""
         for name in ("attentions", "hidden_states"):
-            if self.kept[name] is not None and (states := getattr(outputs, name)) is not None and states[0] is not None:
-                self.kept[name] = _split_model_outputs(self.kept[name], states, length, added, name == "attentions")
+            states = getattr(outputs, name) if self.kept[name] is not None else None
+            if not states or states[0] is None:
+                continue
+            for i in range(taken):
+                end = states[0].shape[-2] - number + i
+                rows = slice(0 if first and i == 0 else end - 1, end)
+                keys = [state.shape[-1] - (number - i if name == "attentions" else 0) for state in states]
+                entry = tuple(state[..., rows, :to] for state, to in zip(states, keys, strict=True))
+                self.kept[name] += (entry,)
 
 
 def report(output: Any) -> dict[str, float] | None:
