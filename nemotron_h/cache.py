@@ -510,7 +510,7 @@ class NemotronHCache(Cache):
                     )
                 static = getattr(cache, "is_compileable", False) and len(layers) == len(config.layers_block_type)
                 layer = _new_layer(kind, config, 0 if static else None)
-            elif layer is None:
+            elif layer is None or kind in ("mlp", "moe"):  # before 5.24 those got a layer that cannot go back
                 layer = _new_layer(kind, config, None)
             if idx < len(layers):
                 layers[idx] = layer

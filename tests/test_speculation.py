@@ -247,6 +247,9 @@ class Guess(CandidateGenerator):
             ids = torch.cat([ids, torch.multinomial(logits[-1].softmax(-1), 1)], dim=1)
         return ids, torch.stack(logits, dim=1)
 
+    def update_candidate_strategy(self, *_):
+        """Nothing; abstract in older versions."""
+
 
 @torch.no_grad()
 def uniforms(model, sequences: torch.Tensor, start: int, generator: torch.Generator) -> torch.Tensor:

@@ -288,8 +288,11 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     # What this process has loaded comes back with the fixture's end.
     monkeypatch.setattr(native, "_loaded", None, raising=False)
+    monkeypatch.setattr(native, "_thread", None)
     forget()
     yield tmp_path / "cache" / "nemotron_h"
+    if native._thread is not None:  # or it would build with the next test's compiler, in the next test's folder
+        native._thread.join(60)
     native._built.cache_clear()
 
 
