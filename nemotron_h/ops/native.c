@@ -57,6 +57,20 @@ INLINE void store(void *y, int type, int64_t i, float value) {
 }
 
 INLINE float total(v8f v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+/* As many floats as the processor adds in one instruction, where it matters. */
+#ifdef __AVX512F__
+#define WIDE 16
+#define TOGETHER 8 /* tokens whose sums have room in registers */
+typedef VECTOR(float, 64) wide;
+INLINE float wide_total(wide v) {
+    return total((v8f){v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]} + (v8f){v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15]});
+}
+#else
+#define WIDE 8
+#define TOGETHER 4
+typedef v8f wide;
+INLINE float wide_total(wide v) { return total(v); }
+#endif
 INLINE v8f splat(float s) { return (v8f){s, s, s, s, s, s, s, s}; }
 
 /* Eight numbers at any address. */
@@ -76,6 +90,28 @@ INLINE void store8(void *y, int type, int64_t i, v8f value) {
     const v8w bits = (v8w)value, nan = (v8w)(value != value);
     const v8w rounded = ((bits + 0x7fff + ((bits >> 16) & 1)) & ~nan) | ((bits | (64 << 16)) & nan);
     *(v8h *)((uint16_t *)y + i) = __builtin_convertvector(rounded >> 16, v8h);
+}
+
+/* The first n of eight numbers, the others 0; and as many back. */
+INLINE v8f load_some(const void *x, int type, int64_t i, int64_t n) {
+    if (n >= 8) return load8(x, type, i);
+    v8f value = splat(0);
+    for (int64_t j = 0; j < n; j++) value[j] = load(x, type, i + j);
+    return value;
+}
+
+INLINE void store_some(void *y, int type, int64_t i, v8f value, int64_t n) {
+    if (n >= 8) store8(y, type, i, value);
+    else
+        for (int64_t j = 0; j < n; j++) store(y, type, i + j, value[j]);
+}
+
+/* What `type` holds of them. */
+INLINE v8f rounded8(v8f value, int type) {
+    uint16_t half[8];
+    if (type == F32) return value;
+    store8(half, type, 0, value);
+    return load8(half, type, 0);
 }
 
 /* e^x to 2 units in the last place; beyond -87 and 88 as for those; NaN stays. */
@@ -446,26 +482,144 @@ typedef struct {
 } Mamba;
 
 /* y[t] = s C[t] after s = s decay[t] + added[t] B[t], for T tokens one after the other, a constant where this is inlined;
- * s (N) is read and written once. B and C of a token lie `apart` numbers after those of the one before. */
-INLINE void recur(int T, float *s, int64_t N, const float *decay, const float *added, const float *B, const float *C,
-                  int64_t apart, float *y) {
-    v8f sums[4];
-    for (int t = 0; t < T; t++) sums[t] = splat(0);
-    int64_t n = 0;
-    for (; n + 8 <= N; n += 8) {
-        v8f eight = *(v8f *)(s + n);
-        for (int t = 0; t < T; t++) {
-            eight = eight * splat(decay[t]) + splat(added[t]) * *(const v8f *)(B + t * apart + n);
-            sums[t] += eight * *(const v8f *)(C + t * apart + n);
-        }
-        *(v8f *)(s + n) = eight;
+ * s (N) is read and written once. B and C of a token lie `apart` numbers after those of the one before, y `span`. */
+INLINE void recur(int T, float *s, int64_t N, const float *decays, const float *adds, const float *B, const float *C,
+                  int64_t apart, float *y, int64_t span) {
+    wide sums[TOGETHER];
+    float decay[TOGETHER], added[TOGETHER]; /* not in memory, which s might share as far as the compiler knows */
+    for (int t = 0; t < T; t++) {
+        sums[t] = (wide){0};
+        decay[t] = decays[t];
+        added[t] = adds[t];
     }
-    for (int t = 0; t < T; t++) y[t] = total(sums[t]);
+    int64_t n = 0;
+    for (; n + WIDE <= N; n += WIDE) {
+        wide some = *(wide *)(s + n);
+        for (int t = 0; t < T; t++) {
+            some = some * decay[t] + added[t] * *(const wide *)(B + t * apart + n);
+            sums[t] += some * *(const wide *)(C + t * apart + n);
+        }
+        *(wide *)(s + n) = some;
+    }
+    for (int t = 0; t < T; t++) y[t * span] = wide_total(sums[t]);
     for (; n < N; n++)
         for (int t = 0; t < T; t++) {
             s[n] = s[n] * decay[t] + added[t] * B[t * apart + n];
-            y[t] += s[n] * C[t * apart + n];
+            y[t * span] += s[n] * C[t * apart + n];
         }
+}
+
+typedef struct {
+    Mamba d;
+    int64_t T;
+    const void *projected;
+    void *window;
+    const void *conv_weight, *conv_bias;
+    const float *dt_bias, *A_log, *D;
+    float *state;
+    const void *norm_weight;
+    void *y;
+} MambaStep;
+
+/* silu of the convolution of `size` channels of row b from `start` on, for T tokens: token t's go to out + t `apart`.
+ * `columns` has room for (2 width + 1) size numbers: window and taps, a row for each position. Inlined with a constant type,
+ * and width where it is the usual one. */
+INLINE void convolve(int type, int64_t width, const MambaStep *m, int64_t b, int64_t start, int64_t size, float *columns,
+                     float *out, int64_t apart) {
+    const Mamba d = m->d;
+    const int64_t inner = d.heads * d.head_dim, channels = inner + 2 * d.groups * d.state, row = inner + channels + d.heads;
+    const int64_t window = (b * channels + start) * width, weight = start * (width + 1);
+    float *const taps = columns + width * size;
+    /* All of them first: a vector that is read right after its parts were written waits for them. */
+    for (int64_t i = 0; i < size; i++)
+        for (int64_t k = 0; k < width; k++) columns[k * size + i] = load(m->window, type, window + i * width + k);
+    for (int64_t i = 0; i < size; i++)
+        for (int64_t k = 0; k <= width; k++) taps[k * size + i] = load(m->conv_weight, type, weight + i * (width + 1) + k);
+    for (int64_t i = 0; i < size; i += 8) {
+        const int64_t n = size - i < 8 ? size - i : 8;
+        v8f seen[8], tap[8];
+        for (int64_t k = 0; k <= width; k++) {
+            if (k < width) seen[k] = load_some(columns, F32, k * size + i, n);
+            tap[k] = load_some(taps, F32, k * size + i, n);
+        }
+        const v8f bias = m->conv_bias ? load_some(m->conv_bias, type, start + i, n) : splat(0);
+        for (int64_t t = 0; t < m->T; t++) {
+            v8f sum = bias;
+            seen[width] = load_some(m->projected, type, (b * m->T + t) * row + inner + start + i, n);
+            for (int64_t k = 0; k <= width; k++) sum += seen[k] * tap[k];
+            for (int64_t k = 0; k < width; k++) seen[k] = seen[k + 1];
+            store_some(out, F32, t * apart + i, rounded8(silu8(sum), type), n);
+        }
+        for (int64_t k = 0; k < width; k++) store_some(columns, F32, k * size + i, seen[k], n);
+    }
+    for (int64_t i = 0; i < size; i++)
+        for (int64_t k = 0; k < width; k++) store(m->window, type, window + i * width + k, columns[k * size + i]);
+}
+
+/* Group g of row b; `memory` has room as `nh_mamba_step` makes it. Inlined with a constant type. */
+INLINE void mamba_group(int type, const MambaStep *m, int64_t b, int64_t g, float *memory) {
+    const Mamba d = m->d;
+    const int64_t T = m->T, inner = d.heads * d.head_dim, N = d.state, channels = inner + 2 * d.groups * N;
+    const int64_t per_group = d.heads / d.groups, span = inner / d.groups, row = inner + channels + d.heads;
+    const int64_t token = span + 2 * N, first = b * T * row;
+    float *x = memory, *scanned = x + T * token, *decay = scanned + T * span, *added = decay + T, *dt = added + T;
+    float *columns = dt + T;
+    /* x, B and C of each token, out of the convolution */
+    const int64_t starts[3] = {g * span, inner + g * N, inner + d.groups * N + g * N}, sizes[3] = {span, N, N};
+    for (int64_t part = 0, to = 0; part < 3; to += sizes[part++]) {
+        if (d.width == 3) convolve(type, 3, m, b, starts[part], sizes[part], columns, x + to, token);
+        else convolve(type, d.width, m, b, starts[part], sizes[part], columns, x + to, token);
+    }
+    for (int64_t h = g * per_group; h < (g + 1) * per_group; h++) {
+        const float A = -expf(m->A_log[h]);
+        for (int64_t t = 0; t < T; t++) {
+            const float raw = load(m->projected, type, first + t * row + inner + channels + h) + m->dt_bias[h];
+            dt[t] = fminf(fmaxf(raw > 20 ? raw : log1pf(expf(raw)), d.dt_min), d.dt_max);
+            decay[t] = expf(dt[t] * A);
+        }
+        const int64_t from = (h - g * per_group) * d.head_dim;
+        for (int64_t p = 0; p < d.head_dim; p++) {
+            float *s = m->state + ((b * d.heads + h) * d.head_dim + p) * N, *y = scanned + from + p;
+            for (int64_t n = 0; n < N; n += 16) __builtin_prefetch(s + 4 * N + n, 1);
+            for (int64_t t = 0; t < T; t++) added[t] = dt[t] * x[t * token + from + p];
+            for (int64_t t = 0; t < T; t += TOGETHER) {
+                const float *B = x + t * token + span, *C = B + N;
+#define RECUR(COUNT) recur(COUNT, s, N, decay + t, added + t, B, C, token, y + t * span, span)
+                switch (T - t) {
+                    case 1: RECUR(1); break;
+                    case 2: RECUR(2); break;
+                    case 3: RECUR(3); break;
+#if TOGETHER == 8
+                    case 4: RECUR(4); break;
+                    case 5: RECUR(5); break;
+                    case 6: RECUR(6); break;
+                    case 7: RECUR(7); break;
+#endif
+                    default: RECUR(TOGETHER);
+                }
+            }
+        }
+        for (int64_t t = 0; t < T; t++)
+            for (int64_t p = 0; p < d.head_dim; p += 8) {
+                const int64_t i = from + p, n = d.head_dim - p < 8 ? d.head_dim - p : 8;
+                const v8f sum = load_some(scanned, F32, t * span + i, n) + m->D[h] * load_some(x, F32, t * token + i, n);
+                const v8f z = load_some(m->projected, type, first + t * row + g * span + i, n);
+                store_some(scanned, F32, t * span + i, rounded8(sum, type) * silu8(z), n);
+            }
+    }
+    for (int64_t t = 0; t < T; t++) {
+        const float *u = scanned + t * span;
+        v8f squares = splat(0);
+        for (int64_t i = 0; i < span; i += 8) {
+            const v8f some = load_some(u, F32, i, span - i);
+            squares += some * some;
+        }
+        const float norm = 1 / sqrtf(total(squares) / span + d.eps);
+        for (int64_t i = 0; i < span; i += 8) {
+            const v8f weight = load_some(m->norm_weight, type, g * span + i, span - i);
+            store_some(m->y, type, (b * T + t) * inner + g * span + i, weight * (load_some(u, F32, i, span - i) * norm), span - i);
+        }
+    }
 }
 
 /* A Mamba-2 mixer between in_proj and out_proj, for T tokens of B rows, one token after the other: any split of them into
@@ -478,75 +632,18 @@ INLINE void recur(int T, float *s, int64_t N, const float *decay, const float *a
 int nh_mamba_step(int type, Mamba d, int64_t batch, int64_t T, const void *projected, void *window, const void *conv_weight,
                   const void *conv_bias, const float *dt_bias, const float *A_log, const float *D, float *state,
                   const void *norm_weight, void *y) {
-    const int64_t inner = d.heads * d.head_dim, N = d.state, channels = inner + 2 * d.groups * N;
-    const int64_t per_group = d.heads / d.groups, span = inner / d.groups, row = inner + channels + d.heads;
-    const int64_t token = span + 2 * N, room = T * token + 3 * T;
-    float *memory = malloc(sizeof(float) * batch * d.groups * room);
-    if (!memory) return 1;
-#pragma omp parallel for schedule(dynamic, 1) if (batch * T * d.heads * d.head_dim * N > WORTH_THREADS / 4)
+    const MambaStep m = {d, T, projected, window, conv_weight, conv_bias, dt_bias, A_log, D, state, norm_weight, y};
+    const int64_t span = d.heads / d.groups * d.head_dim, widest = span > d.state ? span : d.state;
+    const int64_t room = (T * (2 * span + 2 * d.state + 3) + (2 * d.width + 1) * widest + 15) / 16 * 16;
+    char *const taken = malloc(sizeof(float) * batch * d.groups * room + 64);
+    if (!taken) return 1;
+    float *const memory = (float *)(taken + (64 - (uintptr_t)taken % 64)); /* a vector in one cache line, not in two */
+#pragma omp parallel for schedule(dynamic, 1) if (batch * T * d.heads * d.head_dim * d.state > WORTH_THREADS / 4)
     for (int64_t task = 0; task < batch * d.groups; task++) {
-        const int64_t b = task / d.groups, g = task % d.groups, first = b * T * row;
-        float *x = memory + task * room, *decay = x + T * token, *added = decay + T, *out = added + T; /* x: x, B, C of each token */
-        const int64_t starts[3] = {g * span, inner + g * N, inner + d.groups * N + g * N}, sizes[3] = {span, N, N};
-        for (int64_t part = 0, to = 0; part < 3; to += sizes[part++])
-            for (int64_t i = 0; i < sizes[part]; i++) {
-                const int64_t c = starts[part] + i, taps = c * (d.width + 1);
-                const float bias = conv_bias ? load(conv_bias, type, c) : 0;
-                float seen[8], weight[8];
-                for (int64_t k = 0; k < d.width; k++) seen[k] = load(window, type, (b * channels + c) * d.width + k);
-                for (int64_t k = 0; k <= d.width; k++) weight[k] = load(conv_weight, type, taps + k);
-                for (int64_t t = 0; t < T; t++) {
-                    float sum = bias;
-                    seen[d.width] = load(projected, type, first + t * row + inner + c);
-                    for (int64_t k = 0; k <= d.width; k++) sum += seen[k] * weight[k];
-                    for (int64_t k = 0; k < d.width; k++) seen[k] = seen[k + 1];
-                    sum = silu(sum);
-                    x[t * token + to + i] = type == BF16 ? from_bf16(to_bf16(sum)) : sum;
-                }
-                for (int64_t k = 0; k < d.width; k++) store(window, type, (b * channels + c) * d.width + k, seen[k]);
-            }
-        for (int64_t h = g * per_group; h < (g + 1) * per_group; h++) {
-            const float A = -expf(A_log[h]);
-            for (int64_t t = 0; t < T; t++) {
-                const float raw = load(projected, type, first + t * row + inner + channels + h) + dt_bias[h];
-                const float dt = fminf(fmaxf(raw > 20 ? raw : log1pf(expf(raw)), d.dt_min), d.dt_max);
-                decay[t] = expf(dt * A);
-                out[t] = dt;
-            }
-            /* out holds dt until the state of the last p is done: kept apart from what `recur` writes */
-            for (int64_t p = 0; p < d.head_dim; p++) {
-                const int64_t i = (h - g * per_group) * d.head_dim + p;
-                float *s = state + ((b * d.heads + h) * d.head_dim + p) * N, sums[4];
-                for (int64_t t0 = 0; t0 < T; t0 += 4) {
-                    const int64_t count = T - t0 < 4 ? T - t0 : 4;
-                    float *at = x + t0 * token;
-                    for (int64_t t = 0; t < count; t++) added[t] = out[t0 + t] * at[t * token + i];
-                    const float *B = at + span, *C = B + N;
-                    if (count == 1) recur(1, s, N, decay + t0, added, B, C, token, sums);
-                    else if (count == 2) recur(2, s, N, decay + t0, added, B, C, token, sums);
-                    else if (count == 3) recur(3, s, N, decay + t0, added, B, C, token, sums);
-                    else recur(4, s, N, decay + t0, added, B, C, token, sums);
-                    for (int64_t t = 0; t < count; t++) {
-                        const float sum = sums[t] + D[h] * at[t * token + i];
-                        at[t * token + i] = (type == BF16 ? from_bf16(to_bf16(sum)) : sum) *
-                                            silu(load(projected, type, first + (t0 + t) * row + g * span + i));
-                    }
-                }
-            }
-        }
-        for (int64_t t = 0; t < T; t++) {
-            const float *u = x + t * token;
-            v8f eight = splat(0);
-            int64_t i = 0;
-            for (; i + 8 <= span; i += 8) eight += *(const v8f *)(u + i) * *(const v8f *)(u + i);
-            float squares = total(eight);
-            for (; i < span; i++) squares += u[i] * u[i];
-            const float norm = 1 / sqrtf(squares / span + d.eps);
-            for (i = 0; i < span; i++)
-                store(y, type, (b * T + t) * inner + g * span + i, load(norm_weight, type, g * span + i) * (u[i] * norm));
-        }
+        if (type == BF16) mamba_group(BF16, &m, task / d.groups, task % d.groups, memory + task * room);
+        else mamba_group(F32, &m, task / d.groups, task % d.groups, memory + task * room);
     }
-    free(memory);
+    free(taken);
     return 0;
 }
 
@@ -571,29 +668,31 @@ INLINE void unpack(const void *from, int type, int64_t Q, float *to) {
 /* score[r][t] = q[r] . k[t] for R queries, a constant where this is inlined. */
 INLINE void score_keys(int R, const float *q, const float *k, int64_t count, int64_t Q, float scale, float (*score)[SPAN]) {
     for (int64_t t = 0; t < count; t++) {
-        v8f dot[4][2];
-        for (int r = 0; r < R; r++) dot[r][0] = dot[r][1] = splat(0);
-        for (int64_t i = 0; i < Q; i += 16) {
-            const v8f a = *(const v8f *)(k + t * Q + i), b = *(const v8f *)(k + t * Q + i + 8);
-            for (int r = 0; r < R; r++) {
-                dot[r][0] += a * *(const v8f *)(q + r * Q + i);
-                dot[r][1] += b * *(const v8f *)(q + r * Q + i + 8);
+        wide dot[4][16 / WIDE];
+        for (int r = 0; r < R; r++)
+            for (int j = 0; j < 16 / WIDE; j++) dot[r][j] = (wide){0};
+        for (int64_t i = 0; i < Q; i += 16)
+            for (int j = 0; j < 16 / WIDE; j++) {
+                const wide some = *(const wide *)(k + t * Q + i + j * WIDE);
+                for (int r = 0; r < R; r++) dot[r][j] += some * *(const wide *)(q + r * Q + i + j * WIDE);
             }
+        for (int r = 0; r < R; r++) {
+            for (int j = 1; j < 16 / WIDE; j++) dot[r][0] += dot[r][j];
+            score[r][t] = wide_total(dot[r][0]) * scale;
         }
-        for (int r = 0; r < R; r++) score[r][t] = total(dot[r][0] + dot[r][1]) * scale;
     }
 }
 
 /* out[r] += sum_t weight[r][t] v[t] */
 INLINE void add_values(int R, const float (*weight)[SPAN], const float *v, int64_t count, int64_t Q, float *out) {
-    for (int64_t i = 0; i < Q; i += 8) {
-        v8f sum[4];
-        for (int r = 0; r < R; r++) sum[r] = *(v8f *)(out + r * Q + i);
+    for (int64_t i = 0; i < Q; i += WIDE) {
+        wide sum[4];
+        for (int r = 0; r < R; r++) sum[r] = *(wide *)(out + r * Q + i);
         for (int64_t t = 0; t < count; t++) {
-            const v8f value = *(const v8f *)(v + t * Q + i);
-            for (int r = 0; r < R; r++) sum[r] += splat(weight[r][t]) * value;
+            const wide value = *(const wide *)(v + t * Q + i);
+            for (int r = 0; r < R; r++) sum[r] += weight[r][t] * value;
         }
-        for (int r = 0; r < R; r++) *(v8f *)(out + r * Q + i) = sum[r];
+        for (int r = 0; r < R; r++) *(wide *)(out + r * Q + i) = sum[r];
     }
 }
 
@@ -634,21 +733,22 @@ int nh_attend(int type, const void *q, const void *k, const void *v, void *y, in
             else if (R - r == 1) score_keys(1, queries + r * Q, rows, count, Q, scale, weight + r);
             for (r = 0; r < R; r++) {
                 const int64_t limit = L - T + r % T + 1 - l, seen = limit < 0 ? 0 : limit < count ? limit : count;
+                for (int64_t t = seen; t < SPAN; t++) weight[r][t] = -INFINITY;
+                v8f *const low = (v8f *)weight[r], *const high = low + 1;
+                const v8i above = (v8i)(*high > *low);
+                const v8f either = (v8f)(((v8i)*high & above) | ((v8i)*low & ~above));
                 float largest = top[r];
-                for (int64_t t = 0; t < seen; t++) largest = weight[r][t] > largest ? weight[r][t] : largest;
+                for (int j = 0; j < 8; j++) largest = either[j] > largest ? either[j] : largest;
                 if (largest > top[r]) {
                     const float shrink = expf(top[r] - largest);
                     for (int64_t i = 0; i < Q; i += 8) *(v8f *)(out + r * Q + i) *= splat(shrink);
                     sum[r] *= shrink;
                     top[r] = largest;
                 }
-                for (int64_t t = seen; t < SPAN; t++) weight[r][t] = largest;
-                for (int t = 0; t < SPAN; t += 8) {
-                    v8f *eight = (v8f *)(weight[r] + t);
-                    *eight = exponential(*eight - splat(largest));
-                }
-                for (int64_t t = 0; t < seen; t++) sum[r] += weight[r][t];
-                for (int64_t t = seen; t < count; t++) weight[r][t] = 0;
+                *low = exponential(*low - splat(largest));
+                *high = exponential(*high - splat(largest));
+                for (int64_t t = seen; t < SPAN; t++) weight[r][t] = 0;
+                sum[r] += total(*low + *high);
             }
             for (int64_t t = 0; t < count; t++)
                 unpack((const char *)v + (b * v_row + kv * v_head + (l + t) * Q) * bytes, type, Q, rows + t * Q);
