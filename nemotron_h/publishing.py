@@ -270,9 +270,9 @@ def _how_to_load(name: str, adapter: bool, base_model: str | None) -> str:
         "## How to load\n\n"
         "With the package `nemotron-h`:\n\n"
         f"```python\nimport nemotron_h  # registers its classes with transformers\n{imports}\n{load}{tokenizer}```\n\n"
-        "Without it, leave the first line out: the class of this family in `transformers` (5.3 or newer) reads the "
-        "same files. Up to 5.24 that class keeps the time steps of Mamba layers above 0.001 while it reads a prompt, "
-        "which the model was not trained with, so that its numbers differ a little.\n"
+        "Without it, leave the first line out: the class of this family in `transformers` (5.20 or newer) reads the "
+        "same files. Up to 5.24 at least, that class keeps the time steps of Mamba layers above 0.001 while it reads a "
+        "prompt, which the model was not trained with, so that its numbers differ a little.\n"
     )
 
 

@@ -1,0 +1,357 @@
+"""`publish()`: what is in the folder or repository, that everybody loads it, and that none of it is of this machine."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from families import without_old_names_before_5_20
+from hub import Hub
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import nemotron_h
+from nemotron_h.bundled import WORD_PROBLEMS, held_out
+from nemotron_h.checkpoints import readers
+from nemotron_h.publishing import hub_id, model_card
+
+peft = pytest.importorskip("peft")
+
+BASE = "me/base"
+MESSAGES = [{"role": "user", "content": held_out()[1]["question"]}]
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+
+
+def adapted(adapter_name: str = "default"):
+    """The bundled model with an adapter that changes what it says."""
+    config = peft.LoraConfig(target_modules=["in_proj", "q_proj", "up_proj"], r=2)
+    base = AutoModelForCausalLM.from_pretrained(WORD_PROBLEMS)
+    torch.manual_seed(3)  # of lora_A, which PEFT draws
+    model = peft.get_peft_model(base, config, adapter_name)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(WORD_PROBLEMS)
+
+
+@pytest.fixture(scope="module")
+def ids(tokenizer):
+    return tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+        "input_ids"
+    ]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tokenizer):
+    """A whole model, an adapter and the two merged, each published as a folder."""
+    root = tmp_path_factory.mktemp("published")
+    model = AutoModelForCausalLM.from_pretrained(WORD_PROBLEMS)
+    model.config.use_cache = False  # as Trainer leaves it
+    about = {"tokenizer": tokenizer, "base_model": BASE, "data": ["me/sums", "words"], "metrics": {"accuracy": 0.985}}
+    nemotron_h.publish(model, root / "full", **about)
+    lora = adapted()
+    nemotron_h.publish(lora, root / "adapter", **about)
+    nemotron_h.publish(lora.merge_and_unload(), root / "merged", **about)
+    return root
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(input_ids=ids).logits
+
+
+def run(code: str, *arguments: object, **environment: str) -> str:
+    """What a new process prints, which has none of this one's modules, nor this machine's settings of the hub."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHONPATH"))}
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**kept, "OMP_NUM_THREADS": "1", **environment},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_files(folders) -> None:
+    whole = {"README.md", "config.json", "generation_config.json", "model.safetensors"} | TOKENIZER_FILES
+    adapter = {"README.md", "adapter_config.json", "adapter_model.safetensors", "generation_config.json"}
+    for name, files in {"full": whole, "merged": whole, "adapter": adapter | TOKENIZER_FILES}.items():
+        assert {path.name for path in (folders / name).iterdir()} == files
+    assert sorted(path.name for path in folders.iterdir()) == ["adapter", "full", "merged"]  # nothing half-written
+    assert json.loads((folders / "full" / "config.json").read_text())["use_cache"] is True
+    stop = json.loads((folders / "full" / "generation_config.json").read_text())["eos_token_id"]
+    assert stop == [2, 12]
+
+
+def test_nothing_of_this_machine(folders) -> None:
+    here = [str(folders), WORD_PROBLEMS, str(Path(WORD_PROBLEMS).parents[2]), str(Path.home()) + "/", os.getcwd()]
+    for path in (path for path in folders.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        assert not [each for each in here if each.encode() in content], path
+        assert b"local_files_only" not in content and b"is_local" not in content, path
+    config = json.loads((folders / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == BASE
+    # what AutoPeftModelForCausalLM would import, which others do not have
+    assert config["auto_mapping"] is None and config["task_type"] == "CAUSAL_LM"
+
+
+def test_the_same_function(folders, ids) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(WORD_PROBLEMS)
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(folders / "full"), ids), logits(plain, ids), rtol=0, atol=0
+    )
+    wanted = logits(adapted(), ids)
+    assert (wanted - logits(plain, ids)).abs().max() > 0.1
+    lora = peft.PeftModel.from_pretrained(plain, folders / "adapter")
+    torch.testing.assert_close(logits(lora, ids), wanted, rtol=0, atol=0)
+    merged = AutoModelForCausalLM.from_pretrained(folders / "merged")
+    torch.testing.assert_close(logits(merged, ids), wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_transformers_own_class_answers_the_same(folders, ids, tmp_path) -> None:
+    """In a process without this package: the same function once its clamp is lifted, and nearly the same replies."""
+    code = f"""
+        import json, sys, torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        said = {{}}
+        for name in ("full", "merged", "adapter"):
+            folder = sys.argv[1] + "/" + name
+            if name == "adapter":
+                base = AutoModelForCausalLM.from_pretrained(sys.argv[2])
+                model = PeftModel.from_pretrained(base, folder)
+            else:
+                model = base = AutoModelForCausalLM.from_pretrained(folder)
+            ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+                {MESSAGES!r}, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            reply = model.generate(**ids, max_new_tokens=24)[0].tolist()
+            for layer in base.model.layers:
+                if hasattr(layer.mixer, "time_step_limit"):
+                    layer.mixer.time_step_limit = (0.0, float("inf"))
+            with torch.no_grad():
+                logits = model(**ids, use_cache=False).logits[0]
+            said[name] = [type(base).__module__, ids["input_ids"][0].tolist(), reply, logits.tolist()]
+        assert "nemotron_h" not in sys.modules
+        print(json.dumps(said))
+    """
+    copies = shutil.copytree(folders, tmp_path / "published")
+    for folder in (copies / "full", copies / "merged", shutil.copytree(WORD_PROBLEMS, tmp_path / "base")):
+        without_old_names_before_5_20(folder)
+    said = json.loads(run(code, copies, tmp_path / "base", HF_HUB_OFFLINE="1").splitlines()[-1])
+    models = {"full": AutoModelForCausalLM.from_pretrained(WORD_PROBLEMS), "merged": adapted(), "adapter": adapted()}
+    for name, model in models.items():
+        module, prompt, theirs, library = said[name]
+        assert module == "transformers.models.nemotron_h.modeling_nemotron_h"
+        assert prompt == ids[0].tolist()
+        ours = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=24)[0].tolist()
+        # As shipped, its time steps have a floor in the prompt: the whole model answers with a margin, the random
+        # adapter's model part from it later.
+        same = 24 if name == "full" else 4
+        assert theirs[: ids.shape[1] + same] == ours[: ids.shape[1] + same]
+        torch.testing.assert_close(torch.tensor(library), logits(model, ids)[0], rtol=1e-4, atol=1e-3)
+
+
+def test_the_doctor_lets_it_pass(folders) -> None:
+    """No reader takes less of it than of the folder that it was trained from."""
+
+    def stumbles(folder) -> dict[str, list[str]]:
+        return {each.reader: [finding.what for finding in each.findings] for each in readers.examine(folder)}
+
+    assert stumbles(folders / "merged") == stumbles(WORD_PROBLEMS)
+    assert readers.examine(folders / "merged")[0].reads
+
+
+def test_card(folders, tokenizer) -> None:
+    cards = {name: (folders / name / "README.md").read_text() for name in ("full", "adapter", "merged")}
+    for name, card in cards.items():
+        _, head, body = card.split("---\n", 2)
+        tags = yaml.safe_load(head)
+        assert tags["base_model"] == BASE and tags["datasets"] == ["me/sums"]
+        assert tags["license"] == "apache-2.0"  # of the bundled model's own card
+        assert tags["base_model_relation"] == ("adapter" if name == "adapter" else "finetune")
+        assert tags["library_name"] == ("peft" if name == "adapter" else "transformers")
+        assert "| accuracy | 0.985 |" in body and "Trained on: me/sums, words." in body
+        for think in (True, False):
+            prompt = tokenizer.apply_chat_template(
+                [{"role": "user", "content": "How are you?"}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=think,
+            )
+            assert prompt in body
+    assert f"{sum(p.numel() for p in adapted().parameters() if p.requires_grad):,} weights" in cards["adapter"]
+    model = AutoModelForCausalLM.from_pretrained(WORD_PROBLEMS)
+    bare = model_card(model, "me/x", base_model="nvidia/y")
+    assert "license" in bare and "That of [nvidia/y]" in bare and "Chat format" not in bare
+
+
+@pytest.mark.parametrize("name", ["full", "adapter"])
+def test_the_cards_code_runs(folders, name, ids, monkeypatch) -> None:
+    """With the names that it has: the working directory is where it was published, and the base is at hand."""
+    card = (folders / name / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace(f'"{BASE}"', repr(WORD_PROBLEMS))
+    monkeypatch.chdir(folders)
+    names: dict = {}
+    exec(code, names)
+    wanted = adapted() if name == "adapter" else AutoModelForCausalLM.from_pretrained(WORD_PROBLEMS)
+    torch.testing.assert_close(logits(names["model"], ids), logits(wanted, ids))
+    assert names["tokenizer"].chat_template
+
+
+PUSHED = """
+    import sys
+    sys.path[:0] = sys.argv[1:3]
+    import nemotron_h, peft, torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+    from test_publish import BASE, WORD_PROBLEMS, adapted
+    tokenizer = AutoTokenizer.from_pretrained(WORD_PROBLEMS)
+    model = AutoModelForCausalLM.from_pretrained(WORD_PROBLEMS)
+    about = dict(tokenizer=tokenizer, base_model=BASE, data=["me/sums", "words"], metrics={"accuracy": 0.985})
+    print(nemotron_h.publish(model, "me/full", private=True, commit_message="Sums", **about))
+    nemotron_h.publish(adapted(), "me/adapter", **about)
+    nemotron_h.publish(adapted().merge_and_unload(), "me/merged", **about)
+    # and what transformers and PEFT do by themselves
+    model.push_to_hub("me/plain")
+    tokenizer.push_to_hub("me/plain")
+    plain = AutoModelForCausalLM.from_pretrained("me/plain")
+    assert AutoTokenizer.from_pretrained("me/plain").chat_template == tokenizer.chat_template
+    lora = peft.get_peft_model(plain, nemotron_h.lora_config(plain, r=2, report=False, init_lora_weights=False)).eval()
+    lora.push_to_hub("me/plain-adapter")
+    arguments = TrainingArguments(
+        sys.argv[3], push_to_hub=True, hub_model_id="me/trained", max_steps=1, per_device_train_batch_size=1,
+        use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+    )
+    row = torch.arange(5, 25)
+    row = {"input_ids": row, "labels": row}
+    trainer = Trainer(AutoModelForCausalLM.from_pretrained("me/plain"), arguments, train_dataset=[row])
+    trainer.train()
+    trainer.push_to_hub()
+    # each from the hub again
+    ids = row["input_ids"][None]
+
+    def whole(name):
+        return AutoModelForCausalLM.from_pretrained(name)
+
+    named = peft.PeftConfig.from_pretrained("me/plain-adapter").base_model_name_or_path
+    pairs = {
+        "me/plain": (whole("me/plain"), model),
+        "me/merged": (whole("me/merged"), adapted().merge_and_unload()),
+        "me/trained": (whole("me/trained"), trainer.model.eval()),
+        "me/adapter": (peft.PeftModel.from_pretrained(whole("me/plain"), "me/adapter"), adapted()),
+        "me/plain-adapter": (peft.PeftModel.from_pretrained(whole(named), "me/plain-adapter"), lora),
+    }
+    with torch.no_grad():
+        for name, (loaded, wanted) in pairs.items():
+            inner = getattr(loaded, "get_base_model", lambda: loaded)()
+            assert type(inner) is nemotron_h.NemotronHForCausalLM, name
+            print(name, (loaded(ids).logits - wanted(ids).logits).abs().max().item())
+        print((trainer.model(ids).logits - model(ids).logits).abs().max().item())
+"""
+
+
+def test_the_hub(folders, tmp_path) -> None:
+    """publish(), plain push_to_hub() and Trainer's against a stand-in, and what was pushed is loaded from it."""
+    with Hub() as hub:
+        output = run(
+            PUSHED,
+            Path(nemotron_h.__file__).parents[1],
+            Path(__file__).parent,
+            tmp_path / "trained",
+            HF_ENDPOINT=hub.url,
+            HF_HOME=str(tmp_path / "home"),
+            HF_TOKEN="hf_none",
+            HF_HUB_DISABLE_XET="1",
+        ).splitlines()
+    assert output[0] == f"{hub.url}/me/full"
+    differences = dict(line.split() for line in output if line.startswith("me/"))
+    assert len(differences) == 5 and {float(each) for each in differences.values()} == {0.0}, differences
+    assert float(output[-1]) > 0.01  # the trainer's step is in what it pushed
+    assert not hub.unauthorised
+    assert hub.private["me/full"] in (True, "private") and hub.private["me/adapter"] not in (True, "private")
+    assert hub.messages[:2] == [("me/full", "Sums"), ("me/adapter", "Upload model")]
+    for name in ("full", "adapter", "merged"):
+        committed = hub.files[f"me/{name}"]
+        assert set(committed) == {path.name for path in (folders / name).iterdir()}
+        for file, content in committed.items():
+            if file == "adapter_config.json":  # PEFT writes its targets in any order
+                written, wanted = json.loads(content), json.loads((folders / name / file).read_text())
+                assert sorted(written.pop("target_modules")) == sorted(wanted.pop("target_modules"))
+                assert written == wanted
+            elif file != "README.md":
+                assert content == (folders / name / file).read_bytes(), file
+        assert f'"me/{name}"' in committed["README.md"].decode()
+    full, plain, trained = (hub.files[f"me/{name}"] for name in ("full", "plain", "trained"))
+    assert plain["config.json"] == full["config.json"] and plain["model.safetensors"] == full["model.safetensors"]
+    assert {"generation_config.json", "chat_template.jinja", "tokenizer.json", "README.md"} <= plain.keys()
+    # the published layout, whoever pushes it
+    names = {
+        repository["model.safetensors"][8:].partition(b"}}")[0].count(b'"backbone.') for repository in (full, trained)
+    }
+    assert len(names) == 1 and names != {0}
+    assert json.loads(trained["config.json"]).keys() == json.loads(full["config.json"]).keys()
+    for name in ("plain", "plain-adapter", "trained"):
+        for file, content in hub.files[f"me/{name}"].items():
+            # of what Trainer keeps for itself, this alone names the folder that it trained in
+            assert file == "training_args.bin" or str(tmp_path).encode() not in content, (name, file)
+    assert json.loads(hub.files["me/plain-adapter"]["adapter_config.json"])["base_model_name_or_path"] == "me/plain"
+
+
+def test_an_adapter_of_another_name(tmp_path) -> None:
+    nemotron_h.publish(adapted("sums"), tmp_path / "sums", base_model=BASE)
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in (tmp_path / "sums").iterdir()}
+
+
+def test_the_base_model_where_it_is_not_said(tmp_path) -> None:
+    assert hub_id("nvidia/NVIDIA-Nemotron-Nano-9B-v2") == "nvidia/NVIDIA-Nemotron-Nano-9B-v2"
+    assert hub_id("/h/.cache/huggingface/hub/models--nvidia--Nano-9B-v2/snapshots/abc") == "nvidia/Nano-9B-v2"
+    assert hub_id(WORD_PROBLEMS) is None and hub_id(None) is None
+    model = AutoModelForCausalLM.from_pretrained(WORD_PROBLEMS)
+    nemotron_h.publish(model, tmp_path / "a")
+    assert "base_model" not in (tmp_path / "a" / "README.md").read_text()
+
+
+def test_refusals(tmp_path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(WORD_PROBLEMS)
+    with pytest.raises(ValueError, match="name its hub id with base_model="):
+        nemotron_h.publish(adapted(), tmp_path / "a")
+    for given in (
+        {"base_model": str(tmp_path)},
+        {"data": "/data/mine/train.jsonl"},
+        {"metrics": {"log": str(tmp_path)}},
+    ):
+        with pytest.raises(ValueError, match=f"{next(iter(given))}='.*is a path on this machine"):
+            nemotron_h.publish(model, tmp_path / "a", **given)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x").touch()
+    with pytest.raises(ValueError, match="is there already"):
+        nemotron_h.publish(model, tmp_path / "b")
+    with pytest.raises(ValueError, match="knows nemotron_h alone"):
+        nemotron_h.publish(torch.nn.Linear(1, 1), tmp_path / "a")
+
+
+def test_an_interrupted_one_leaves_nothing(tmp_path) -> None:
+    class Full:
+        chat_template = None
+
+        def save_pretrained(self, folder):
+            raise OSError("No space left on device")
+
+    model = AutoModelForCausalLM.from_pretrained(WORD_PROBLEMS)
+    with pytest.raises(OSError, match="No space left"):
+        nemotron_h.publish(model, tmp_path / "a", tokenizer=Full())
+    assert not list(tmp_path.iterdir())
