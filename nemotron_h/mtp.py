@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
@@ -37,6 +39,7 @@ MOST = ROLLBACK // 2
 """Tokens to draft at a time, at most: what a Mamba layer takes back, the model's or the head's."""
 
 _WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+_FORMAT = "nemotron_h.mtp"
 _REMEDY = "load one that has (Nemotron 3 Super, Ultra), or make one with nemotron_h.mtp.add_head and train it"
 
 
@@ -81,6 +84,75 @@ def add_head(model: Any, pattern: str = "*-", depths: int = 1) -> Any:
                 parameter.copy_(model.model.norm_f.weight)
     model.mtp = head.to(model.model.norm_f.weight.device, model.dtype).train(model.training)
     model.mtp_loss_scale = model.mtp_loss_scale
+    return model
+
+
+# -- a head in a file of its own --------------------------------------------------------------------------------------
+
+
+def save_head(model: Any, path: str | Path) -> None:
+    """Write the MTP head alone to a safetensors file, in the published names; `load_head` gives it to a model again.
+
+    Its layers' pattern, its depths and `model.mtp_depths` are in the file's metadata.
+
+    Raises:
+        ValueError: a model without a head.
+    """
+    from safetensors.torch import save_file
+
+    from .checkpoints.writing import whole
+
+    check_head(model, "save_head")
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.mtp.state_dict(prefix="mtp.").items():
+        if name.endswith((".experts.up_proj", ".experts.down_proj")):
+            before, projection = name.rsplit(".", 1)
+            tensors |= {f"{before}.{i}.{projection}.weight": expert.clone() for i, expert in enumerate(tensor)}
+        else:
+            tensors[name] = tensor.contiguous()
+    metadata = {"format": "pt", _FORMAT: "1", "pattern": model.config.mtp_hybrid_override_pattern}
+    metadata |= {"depths": str(model.mtp.depths), "ahead": str(_depths(model))}
+    with whole(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def load_head(model: Any, path: str | Path) -> Any:
+    """Give a model the MTP head of a file that `save_head` wrote: in place, in the model's dtype, and returned.
+
+    Drafts are then as many tokens long as the head was trained for (`model.mtp_depths`), unless more are asked for.
+
+    Raises:
+        ValueError: the model has a head already, the file is cut off or no such file, or it is another model's head;
+            the model is as it was.
+    """
+    from .checkpoints import published
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            said = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a safetensors file ({error}): write the head again.") from error
+    if said.get(_FORMAT) != "1":
+        raise ValueError(
+            f"{path} is not an MTP head's file (its metadata has no {_FORMAT}=1): write one with "
+            "nemotron_h.mtp.save_head, or load a whole checkpoint with from_pretrained."
+        )
+    config = copy.copy(model.config)
+    config.mtp_hybrid_override_pattern, config.num_nextn_predict_layers = said["pattern"], int(said["depths"])
+    wanted = {name: shape for name, shape in published.tensors(config).items() if name.startswith("mtp.")}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise ValueError(
+                f"{path} is the head of another model: {name} is {found.get(name, 'absent')} in it and "
+                f"{wanted.get(name, 'absent')} in this one; load it into the model that it was trained for."
+            )
+    add_head(model, said["pattern"], int(said["depths"]))
+    model.mtp.load_state_dict(
+        {name.removeprefix("mtp."): tensor for name, tensor in published.in_memory(tensors, model).items()}
+    )
+    model.mtp_depths = int(said["ahead"])
     return model
 
 
@@ -213,7 +285,7 @@ def generation_options(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, A
     if kwargs.get("use_mtp", setting("use_mtp")):
         check_head(model, "use_mtp=True")
         number = setting("num_assistant_tokens")
-        kwargs["num_assistant_tokens"] = number = model.mtp.depths if number is None else number
+        kwargs["num_assistant_tokens"] = number = (model.mtp_depths or model.mtp.depths) if number is None else number
         if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= MOST:
             raise ValueError(
                 f"num_assistant_tokens is {number!r}: with use_mtp draft 1 to {MOST} tokens at a time, which is what a "
@@ -332,4 +404,4 @@ def _without_padding(x_BLD: Tensor, ids_BL: Tensor, attention_mask: Any) -> tupl
     return x_BLD[:, pairs.to(x_BLD.device)], ids_BL[:, pairs.to(ids_BL.device)]
 
 
-__all__ = ["Drafter", "add_head", "check_head", "loss"]
+__all__ = ["Drafter", "add_head", "check_head", "load_head", "loss", "save_head"]

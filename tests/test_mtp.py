@@ -9,6 +9,8 @@ import json
 import pytest
 import torch
 from families import relative_difference, small_config, small_model, tokens
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from nemotron_h import NemotronHCache, NemotronHForCausalLM, mtp
@@ -436,6 +438,68 @@ def test_a_new_head_is_saved_and_loaded(tmp_path, dtype):
     ids = tokens(1, 7)
     plain = again.generate(ids, max_new_tokens=8, do_sample=False)
     assert torch.equal(again.generate(ids, max_new_tokens=8, do_sample=False, use_mtp=True), plain)
+
+
+@pytest.mark.parametrize("family", ["dense", "moe", "latent", "tied"])
+def test_a_head_in_a_file_of_its_own(tmp_path, family):
+    """In the published names, as `save_pretrained` has them; into a model that had none, which stays what it is."""
+    model = model_with_head(family, torch.float32, eos_token_id=None)
+    model.mtp_depths = 3
+    model.save_pretrained(tmp_path / "whole")
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    mtp.save_head(model, tmp_path / "head.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["head.safetensors", "whole"]
+    alone = load_file(tmp_path / "head.safetensors")
+    assert alone.keys() == {name for name in whole if name.startswith("mtp.")}
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in alone.items())
+
+    other = small_model(family, torch.float32, eos_token_id=None)
+    other.load_state_dict({name: t for name, t in model.state_dict().items() if not name.startswith("mtp.")})
+    assert mtp.load_head(other, tmp_path / "head.safetensors") is other
+    ours, theirs = other.state_dict(), model.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert not any(parameter.requires_grad for parameter in other.mtp.parameters())
+    assert other.mtp_depths == 3 and not other.mtp.training
+    ids = tokens(1, 7)
+    given = {"max_new_tokens": 9, "do_sample": False}
+    output = other.generate(ids, use_mtp=True, return_dict_in_generate=True, **given)
+    assert torch.equal(output.sequences, model.generate(ids, **given))
+    # three drafts at a time: those that it was trained for
+    assert output.speculation.drafted > 2 * (output.speculation.steps - 2)
+    half = mtp.load_head(small_model(family, torch.bfloat16), tmp_path / "head.safetensors")
+    assert half.mtp.layers[0].eh_proj.weight.dtype == torch.bfloat16
+    assert torch.equal(half.mtp.layers[0].eh_proj.weight, model.mtp.layers[0].eh_proj.weight.bfloat16())
+
+
+def test_a_file_that_is_no_head_for_this_model(tmp_path):
+    path = tmp_path / "head.safetensors"
+    mtp.save_head(model_with_head(), path)
+    with pytest.raises(ValueError, match="has an MTP head already"):
+        mtp.load_head(model_with_head(), path)
+    with pytest.raises(ValueError, match="save_head needs a multi-token-prediction head"):
+        mtp.save_head(small_model("dense"), path)
+    model = small_model("dense", hidden_size=48)
+    before = model.config.to_dict()
+    words = (
+        r"is the head of another model: mtp\.\S+ is \(\d+.*\) in it and \(\d+.*\) in this one; load it into the model"
+    )
+    with pytest.raises(ValueError, match=words):
+        mtp.load_head(model, path)
+    tensors = load_file(path)
+    save_file(tensors, tmp_path / "other.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"other\.safetensors is not an MTP head's file .*: write one with"):
+        mtp.load_head(model, tmp_path / "other.safetensors")
+    with safe_open(path, "pt") as file:
+        said = file.metadata()
+    del tensors["mtp.layers.0.enorm.weight"]
+    save_file(tensors, tmp_path / "less.safetensors", metadata=said)
+    with pytest.raises(ValueError, match=r"mtp\.layers\.0\.enorm\.weight is absent in it"):
+        mtp.load_head(small_model("dense"), tmp_path / "less.safetensors")
+    path.write_bytes(path.read_bytes()[:-40])
+    for name in ("head.safetensors", "none.safetensors"):
+        with pytest.raises(ValueError, match=rf"{name} cannot be read as a safetensors file"):
+            mtp.load_head(model, tmp_path / name)
+    assert model.mtp is None and model.config.to_dict() == before and model.mtp_depths is None
 
 
 def test_a_head_learns():
