@@ -120,7 +120,7 @@ def test_a_static_cache_keeps_its_attention_layers(runs, monkeypatch):
 def test_not_where_the_layers_must_be_called(why, runs, monkeypatch):
     overrides = {"attention_bias": True, "mamba_proj_bias": True, "mlp_bias": True} if why == "bias" else {}
     model = model_of(dtype=torch.float64 if why == "float64" else torch.float32, **overrides)
-    ids, kwargs, cache = tokens(33 if why == "too many rows" else 2, 20), {}, None
+    ids, kwargs, cache = tokens(65 if why == "too many rows" else 2, 20), {}, None
     if why == "eager attention":
         model.set_attn_implementation("eager")
     if why == "library cache":

@@ -14,11 +14,11 @@ it, at 20 GFLOP/s, float32 at 130 to 156):
 and on two cores with AVX-512 without bfloat16 instructions, which oneDNN then emulates:
 
     rows                                1     4     8    16    32    64   256   512   1024
-    bfloat16  F.linear                 12    36    55    91   185   158   611  1210   2493
-              native.linear             9    11    25    52    61   103
-              float32 tiles            30    49    47    53    38    54   204   326    565
-    float32   F.linear                 18    40    44    45    31    48   183   294    501
-              native.linear            17    20    31    54    55   101
+    bfloat16  F.linear                 11    25    34    53    98   174   677  1269  2371
+              native.linear             5     5     8    16    29    58
+              float32 tiles            21    36    26    34    42    61   170   276    610
+    float32   F.linear                 11    21    24    27    36    46   131   271    456
+              native.linear             9    10    13    17    25    43
 
 With bfloat16 instructions (measured on Zen 4, AVX-512): one row F.linear 14, ATen's own
 product 4.9; from two rows on oneDNN is 1.7 to 4.5 times faster than ATen's, so native takes the first rows only.
@@ -86,7 +86,7 @@ def _many_rows(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, slow: boo
 @functools.cache
 def few_rows(dtype: torch.dtype) -> int:
     """Up to how many rows native.linear is the fastest."""
-    most = 12 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
+    most = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
     if dtype == torch.float32:
         return most
     return 0 if dtype != torch.bfloat16 else 4 if multiplies(dtype) else most

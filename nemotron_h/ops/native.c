@@ -58,10 +58,12 @@ INLINE void store(void *y, int type, int64_t i, float value) {
 
 INLINE float total(v8f v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 /* As many floats as the processor adds in one instruction, where it matters. */
-#ifdef __AVX512F__
+#if defined(__AVX512F__) && defined(__AVX512BW__)
 #define WIDE 16
 #define TOGETHER 8 /* tokens whose sums have room in registers */
 typedef VECTOR(float, 64) wide;
+typedef VECTOR(int32_t, 64) wide_int;
+typedef VECTOR(uint32_t, 64) wide_bits;
 INLINE float wide_total(wide v) {
     return total((v8f){v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]} + (v8f){v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15]});
 }
@@ -69,6 +71,8 @@ INLINE float wide_total(wide v) {
 #define WIDE 8
 #define TOGETHER 4
 typedef v8f wide;
+typedef v8i wide_int;
+typedef VECTOR(uint32_t, 32) wide_bits;
 INLINE float wide_total(wide v) { return total(v); }
 #endif
 INLINE v8f splat(float s) { return (v8f){s, s, s, s, s, s, s, s}; }
@@ -135,39 +139,60 @@ INLINE v8f silu8(v8f x) { return x / (splat(1) + exponential(-x)); }
 
 /* ---------------------------------------------------------------------------------------------------------- linear */
 
-/* Eight sums of two products each, of sixteen signed 16-bit numbers. */
-INLINE v8i pair_products(v16s a, v16s b) {
-#ifdef __AVX2__
-    return (v8i)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+/* `sum` and eight sums of two products each, of sixteen signed 16-bit numbers. */
+INLINE v8i add_products(v8i sum, v16s a, v16s b) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return (v8i)_mm256_dpwssd_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#elif defined(__AVX2__)
+    return sum + (v8i)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #else
-    v8i sum;
-    for (int i = 0; i < 8; i++) sum[i] = a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+    for (int i = 0; i < 8; i++) sum[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
     return sum;
 #endif
 }
 
-/* Sixteen int8 as 16-bit numbers. */
-INLINE v16s widen(const int8_t *w) {
+/* 32 int8 as 16-bit numbers, and `sum` with their products with 32 others in it. */
+#if WIDE == 16
+typedef __m512i Widened;
+INLINE Widened widen(const int8_t *w) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)w)); }
+INLINE wide_int add_all(wide_int sum, Widened w, const int16_t *x) {
+#ifdef __AVX512VNNI__
+    return (wide_int)_mm512_dpwssd_epi32((__m512i)sum, w, _mm512_loadu_si512(x));
+#else
+    return sum + (wide_int)_mm512_madd_epi16(w, _mm512_loadu_si512(x));
+#endif
+}
+#else
+typedef struct {
+    v16s low, high;
+} Widened;
+INLINE v16s widen16(const int8_t *w) {
 #ifdef __AVX2__
     return (v16s)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)w));
 #else
-    v16s wide;
-    for (int i = 0; i < 16; i++) wide[i] = w[i];
-    return wide;
+    v16s all;
+    for (int i = 0; i < 16; i++) all[i] = w[i];
+    return all;
 #endif
 }
+INLINE Widened widen(const int8_t *w) { return (Widened){widen16(w), widen16(w + 16)}; }
+INLINE wide_int add_all(wide_int sum, Widened w, const int16_t *x) {
+    return add_products(add_products(sum, w.low, *(const v16s *)x), w.high, *(const v16s *)(x + 16));
+}
+#endif
 
 /* 64 int4 are 16 lanes of 16 bits, input 16 t + lane the nibble at bit 4 t; so 32 of them, with the inputs they meet. */
 INLINE v8f halves(v16u word, const v16s *x, int half) {
     const v16u first = half ? word >> 8 : word, second = half ? word >> 12 : word >> 4;
-    const v8i sum = pair_products((v16s)(first & 15), x[2 * half]) + pair_products((v16s)(second & 15), x[2 * half + 1]);
-    return __builtin_convertvector(sum, v8f);
+    const v8i sum = add_products((v8i){0}, (v16s)(first & 15), x[2 * half]);
+    return __builtin_convertvector(add_products(sum, (v16s)(second & 15), x[2 * half + 1]), v8f);
 }
 
 /* Rows of x as the kernels read them, zero-padded to `padded` inputs. For float32 weights as they are; for bfloat16
  * even and odd inputs apart, since a 32-bit lane holds a pair of weights. Quantised weights meet x as 16-bit integers
- * with a scale for each 32 inputs: half a unit of 2^-15 of the largest of them, where bfloat16 itself rounds each to
- * 2^-9 of its size. */
+ * with a scale for each 32 inputs, or `EIGHTS` where they are int8: half a unit of 2^-15 of the largest of them, where
+ * bfloat16 itself rounds each to 2^-9 of its size. */
+#define EIGHTS 128
 typedef struct {
     float *plain;    /* (M, padded) */
     int16_t *fixed;  /* (M, padded) */
@@ -178,48 +203,100 @@ typedef struct {
 static void arrange(const void *x, int xtype, int wtype, int64_t K, int64_t padded, int64_t m, Rows rows) {
     if (wtype == F32 || wtype == BF16) {
         float *out = rows.plain + m * padded;
-        for (int64_t k = 0; k < padded; k += 16)
-            for (int i = 0; i < 16; i++) {
-                const int64_t from = k + (wtype == BF16 ? 2 * (i % 8) + i / 8 : i);
+        for (int64_t k = 0; k < padded; k += 2 * WIDE)
+            for (int i = 0; i < 2 * WIDE; i++) {
+                const int64_t from = k + (wtype == BF16 ? 2 * (i % WIDE) + i / WIDE : i);
                 out[k + i] = from < K ? load(x, xtype, m * K + from) : 0;
             }
         return;
     }
-    for (int64_t g = 0; g < padded / 32; g++) {
-        float in[32], largest = 0, carried = 0;
-        for (int i = 0; i < 32; i++) {
-            in[i] = 32 * g + i < K ? load(x, xtype, m * K + 32 * g + i) : 0;
+    const int64_t together = wtype == Q8 ? EIGHTS : 32;
+    for (int64_t k = 0; k < padded; k += together) {
+        const int64_t count = padded - k < together ? padded - k : together;
+        float in[EIGHTS], largest = 0, carried = 0;
+        for (int i = 0; i < count; i++) {
+            in[i] = k + i < K ? load(x, xtype, m * K + k + i) : 0;
             largest = fmaxf(largest, fabsf(in[i]));
             carried += in[i] * 0; /* NaN where an input is NaN or infinite, which integers cannot say */
         }
         const int usable = largest > 0x1p-100f && carried == 0;
         const float unit = usable ? largest / 32767 : carried, inverse = usable ? 32767 / largest : 0;
-        int32_t sum = 0;
-        for (int i = 0; i < 32; i++) {
-            const int32_t value = usable ? (int32_t)rintf(in[i] * inverse) : 0;
-            rows.fixed[m * padded + 32 * g + i] = (int16_t)value;
-            sum += value;
+        for (int from = 0; from < count; from += 32) {
+            int32_t sum = 0;
+            for (int i = from; i < from + 32; i++) {
+                const int32_t value = usable ? (int32_t)rintf(in[i] * inverse) : 0;
+                rows.fixed[m * padded + k + i] = (int16_t)value;
+                sum += value;
+            }
+            rows.unit[m * (padded / 32) + (k + from) / 32] = unit;
+            rows.offset[m * (padded / 32) + (k + from) / 32] = -8 * unit * (float)sum;
         }
-        rows.unit[m * (padded / 32) + g] = unit;
-        rows.offset[m * (padded / 32) + g] = -8 * unit * (float)sum;
     }
 }
 
-/* R rows of weights with M rows of x from row `m` on: out[r][i] = sum_k W[r][k] x[m + i][k]. R, M and the types are
- * constants where this is inlined. */
-INLINE void dots(int wtype, int R, int M, const void *w, const uint16_t *scale, int64_t K, int64_t padded, Rows x, int64_t m,
-                 float out[4][4]) {
-    v8f acc[4][4];
+/* `dots` of int4. */
+INLINE void dots4(int R, int M, const void *w, const uint16_t *scale, int64_t padded, Rows x, int64_t m, float out[4][TOGETHER]) {
+    v8f acc[4][TOGETHER];
     const int64_t groups = padded / 32;
+    const uint16_t *W = w;
     for (int r = 0; r < R; r++)
         for (int i = 0; i < M; i++) acc[r][i] = splat(0);
+    const int16_t *in = x.fixed + m * padded;
+    const float *unit = x.unit + m * groups, *offset = x.offset + m * groups;
+    int64_t g = 0;
+    for (; g + 8 <= groups; g += 8) {
+        v8f size[4][TOGETHER];
+        for (int r = 0; r < R; r++) {
+            float s[8];
+            for (int j = 0; j < 8; j++) s[j] = from_bf16(scale[r * groups + g + j]);
+            for (int i = 0; i < M; i++) {
+                size[r][i] = *(v8f *)s * *(const v8f *)(unit + i * groups + g);
+                acc[r][i] += *(v8f *)s * *(const v8f *)(offset + i * groups + g);
+            }
+        }
+#pragma GCC unroll 4
+        for (int pair = 0; pair < 4; pair++)
+            for (int r = 0; r < R; r++) {
+                const uint16_t *at = W + r * (padded / 4) + 8 * g + 16 * pair;
+                if (pair % 2 == 0) __builtin_prefetch((const char *)at + R * (padded / 2));
+                const v16u word = *(const v16u *)at;
+                for (int i = 0; i < M; i++) {
+                    const v16s *v = (const v16s *)(in + i * padded + 32 * g + 64 * pair);
+                    acc[r][i] += halves(word, v, 0) * splat(size[r][i][2 * pair]);
+                    acc[r][i] += halves(word, v, 1) * splat(size[r][i][2 * pair + 1]);
+                }
+            }
+    }
+    for (; g < groups; g += 2)
+        for (int r = 0; r < R; r++) {
+            const v16u word = *(const v16u *)(W + r * (padded / 4) + 8 * g);
+            for (int i = 0; i < M; i++)
+                for (int half = 0; half < 2; half++) {
+                    const v16s *v = (const v16s *)(in + i * padded + 32 * g);
+                    const float s = from_bf16(scale[r * groups + g + half]);
+                    acc[r][i] += halves(word, v, half) * splat(s * unit[i * groups + g + half]);
+                    acc[r][i][0] += s * offset[i * groups + g + half];
+                }
+        }
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < M; i++) out[r][i] = total(acc[r][i]);
+}
+
+/* R rows of weights with M rows of x from row `m` on: out[r][i] = sum_k W[r][k] x[m + i][k], added up in the same order
+ * whatever R and M. These and the types are constants where this is inlined. */
+INLINE void dots(int wtype, int R, int M, const void *w, const uint16_t *scale, int64_t K, int64_t padded, Rows x, int64_t m,
+                 float out[4][TOGETHER]) {
+    wide acc[4][TOGETHER];
+    const int64_t groups = padded / 32;
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < M; i++) acc[r][i] = (wide){0};
     if (wtype == F32) {
         const float *W = w, *in = x.plain + m * padded;
         int64_t k = 0;
-        for (; k + 8 <= K; k += 8)
+        for (; k + WIDE <= K; k += WIDE)
             for (int r = 0; r < R; r++) {
-                const v8f a = *(const v8f *)(W + r * K + k);
-                for (int i = 0; i < M; i++) acc[r][i] += a * *(const v8f *)(in + i * padded + k);
+                const wide a = *(const wide *)(W + r * K + k);
+                for (int i = 0; i < M; i++) acc[r][i] += a * *(const wide *)(in + i * padded + k);
             }
         for (; k < K; k++)
             for (int r = 0; r < R; r++)
@@ -228,80 +305,58 @@ INLINE void dots(int wtype, int R, int M, const void *w, const uint16_t *scale, 
         const uint16_t *W = w;
         const float *in = x.plain + m * padded;
         int64_t k = 0;
-        for (; k + 16 <= K; k += 16)
+        for (; k + 2 * WIDE <= K; k += 2 * WIDE) {
+            wide even[4], odd[4];
             for (int r = 0; r < R; r++) {
                 __builtin_prefetch(W + (R + r) * K + k); /* the next rows: the hardware stops at a page's end */
-                const v8u pair = *(const v8u *)(W + r * K + k);
-                const v8f even = (v8f)(pair << 16), odd = (v8f)(pair & 0xffff0000u);
-                for (int i = 0; i < M; i++) {
-                    acc[r][i] += even * *(const v8f *)(in + i * padded + k);
-                    acc[r][i] += odd * *(const v8f *)(in + i * padded + k + 8);
-                }
+                const wide_bits pair = *(const wide_bits *)(W + r * K + k);
+                even[r] = (wide)(pair << 16);
+                odd[r] = (wide)(pair & 0xffff0000u);
             }
+            for (int i = 0; i < M; i++) {
+                const wide first = *(const wide *)(in + i * padded + k), second = *(const wide *)(in + i * padded + k + WIDE);
+                for (int r = 0; r < R; r++) acc[r][i] += even[r] * first;
+                for (int r = 0; r < R; r++) acc[r][i] += odd[r] * second;
+            }
+        }
         for (int j = 0; k + j < K; j++)
             for (int r = 0; r < R; r++)
                 for (int i = 0; i < M; i++)
-                    acc[r][i][0] += from_bf16(W[r * K + k + j]) * in[i * padded + k + j / 2 + 8 * (j % 2)];
+                    acc[r][i][0] += from_bf16(W[r * K + k + j]) * in[i * padded + k + j / 2 + WIDE * (j % 2)];
     } else if (wtype == Q8) {
         const int8_t *W = w;
         const int16_t *in = x.fixed + m * padded;
         const float *unit = x.unit + m * groups;
-        int64_t g = 0;
-        for (; 32 * g + 32 <= K; g++)
+        int64_t k = 0;
+        for (; k + EIGHTS <= K; k += EIGHTS)
             for (int r = 0; r < R; r++) {
-                __builtin_prefetch(W + (R + r) * K + 32 * g);
-                const v16s a = widen(W + r * K + 32 * g), b = widen(W + r * K + 32 * g + 16);
+                const int8_t *at = W + r * K + k;
+                __builtin_prefetch(at + R * K);
+                __builtin_prefetch(at + R * K + 64);
+                const Widened a = widen(at), b = widen(at + 32), c = widen(at + 64), d = widen(at + 96);
                 for (int i = 0; i < M; i++) {
-                    const v16s *v = (const v16s *)(in + i * padded + 32 * g);
-                    const v8i sum = pair_products(a, v[0]) + pair_products(b, v[1]);
-                    acc[r][i] += __builtin_convertvector(sum, v8f) * splat(unit[i * groups + g]);
+                    const int16_t *v = in + i * padded + k;
+                    const wide_int sum = add_all(add_all(add_all(add_all((wide_int){0}, a, v), b, v + 32), c, v + 64), d, v + 96);
+                    acc[r][i] += __builtin_convertvector(sum, wide) * unit[i * groups + k / 32];
                 }
             }
-        for (int64_t k = 32 * g; k < K; k++)
+        for (; k + 32 <= K; k += 32)
+            for (int r = 0; r < R; r++) {
+                const Widened some = widen(W + r * K + k);
+                for (int i = 0; i < M; i++) {
+                    const wide_int sum = add_all((wide_int){0}, some, in + i * padded + k);
+                    acc[r][i] += __builtin_convertvector(sum, wide) * unit[i * groups + k / 32];
+                }
+            }
+        for (; k < K; k++)
             for (int r = 0; r < R; r++)
-                for (int i = 0; i < M; i++) acc[r][i][0] += W[r * K + k] * in[i * padded + k] * unit[i * groups + g];
+                for (int i = 0; i < M; i++) acc[r][i][0] += W[r * K + k] * in[i * padded + k] * unit[i * groups + k / 32];
     } else {
-        const uint16_t *W = w;
-        const int16_t *in = x.fixed + m * padded;
-        const float *unit = x.unit + m * groups, *offset = x.offset + m * groups;
-        int64_t g = 0;
-        for (; g + 8 <= groups; g += 8) {
-            v8f size[4][4];
-            for (int r = 0; r < R; r++) {
-                float s[8];
-                for (int j = 0; j < 8; j++) s[j] = from_bf16(scale[r * groups + g + j]);
-                for (int i = 0; i < M; i++) {
-                    size[r][i] = *(v8f *)s * *(const v8f *)(unit + i * groups + g);
-                    acc[r][i] += *(v8f *)s * *(const v8f *)(offset + i * groups + g);
-                }
-            }
-#pragma GCC unroll 4
-            for (int pair = 0; pair < 4; pair++)
-                for (int r = 0; r < R; r++) {
-                    const uint16_t *at = W + r * (padded / 4) + 8 * g + 16 * pair;
-                    if (pair % 2 == 0) __builtin_prefetch((const char *)at + R * (padded / 2));
-                    const v16u word = *(const v16u *)at;
-                    for (int i = 0; i < M; i++) {
-                        const v16s *v = (const v16s *)(in + i * padded + 32 * g + 64 * pair);
-                        acc[r][i] += halves(word, v, 0) * splat(size[r][i][2 * pair]);
-                        acc[r][i] += halves(word, v, 1) * splat(size[r][i][2 * pair + 1]);
-                    }
-                }
-        }
-        for (; g < groups; g += 2)
-            for (int r = 0; r < R; r++) {
-                const v16u word = *(const v16u *)(W + r * (padded / 4) + 8 * g);
-                for (int i = 0; i < M; i++)
-                    for (int half = 0; half < 2; half++) {
-                        const v16s *v = (const v16s *)(in + i * padded + 32 * g);
-                        const float s = from_bf16(scale[r * groups + g + half]);
-                        acc[r][i] += halves(word, v, half) * splat(s * unit[i * groups + g + half]);
-                        acc[r][i][0] += s * offset[i * groups + g + half];
-                    }
-            }
+        dots4(R, M, w, scale, padded, x, m, out);
+        return;
     }
     for (int r = 0; r < R; r++)
-        for (int i = 0; i < M; i++) out[r][i] = total(acc[r][i]);
+        for (int i = 0; i < M; i++) out[r][i] = wide_total(acc[r][i]);
 }
 
 typedef struct {
@@ -315,30 +370,39 @@ typedef struct {
 } Linear;
 
 INLINE void block(int wtype, int R, int M, Linear l, int64_t n, int64_t m) {
-    float out[4][4];
+    float out[4][TOGETHER];
     dots(wtype, R, M, l.weight + n * l.row_bytes, l.scale ? l.scale + n * (l.padded / 32) : 0, l.K, l.padded, l.x, m, out);
     for (int r = 0; r < R; r++)
         for (int i = 0; i < M; i++)
             store(l.y, l.ytype, (m + i) * l.N + n + r, l.row_scale ? out[r][i] * l.row_scale[n + r] : out[r][i]);
 }
 
-/* Rows n .. n + R of the weights with rows m .. end of x, four at a time: from the second time on out of the cache. */
-INLINE void rows(int wtype, int R, Linear l, int64_t n, int64_t m, int64_t end) {
-    for (; m + 4 <= end; m += 4) block(wtype, R, 4, l, n, m);
-    if (end - m == 3) block(wtype, R, 3, l, n, m);
-    else if (end - m == 2) block(wtype, R, 2, l, n, m);
-    else if (end - m == 1) block(wtype, R, 1, l, n, m);
+/* Rows n .. n + R of the weights with rows m .. end of x, at most `most` at a time, alike in number: from the second time
+ * on out of the cache. */
+INLINE void rows(int wtype, int R, int most, Linear l, int64_t n, int64_t m, int64_t end) {
+    for (int64_t parts = (end - m + most - 1) / most; parts > 0; parts--) {
+        const int64_t count = (end - m + parts - 1) / parts;
+        if (count == 1) block(wtype, R, 1, l, n, m);
+        else if (count == 2) block(wtype, R, 2, l, n, m);
+        else if (count == 3) block(wtype, R, 3, l, n, m);
+        else if (count == 4) block(wtype, R, 4, l, n, m);
+        else block(wtype, R, most, l, n, m);
+        m += count;
+    }
 }
 
+/* Four rows of weights, or those that are left. As many sums at a time as there is room for in registers: 20 of 32, or
+ * 8 of 16. */
 INLINE void four(int wtype, Linear l, int64_t n, int64_t m, int64_t end) {
+    const int room = WIDE == 16 && wtype != Q4;
     if (n + 4 > l.N)
-        for (; n < l.N; n++) rows(wtype, 1, l, n, m, end);
+        for (; n < l.N; n++) rows(wtype, 1, 4, l, n, m, end);
     else if (end - m == 1)
         block(wtype, 4, 1, l, n, m);
-    else {
-        rows(wtype, 2, l, n, m, end);
-        rows(wtype, 2, l, n + 2, m, end);
-    }
+    else if (room)
+        rows(wtype, 4, WIDE == 16 ? 5 : 4, l, n, m, end);
+    else
+        for (int64_t two = 0; two < 4; two += 2) rows(wtype, 2, 4, l, n + two, m, end);
 }
 
 /* y (M, N) = x (M, K) W^T, W (N, K); with `expert` (M,), row m meets W[expert[m]] of W (E, N, K), and rows that follow
