@@ -10,15 +10,16 @@ nor datasets is needed:
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from pathlib import Path
 
 import torch
-from finetuning import accuracy, plot_loss, read_jsonl, same_from_plain_transformers, write_folder, write_json
+from finetuning import accuracy, ask_plain_transformers, card, hub_name, plot_loss, read_jsonl, write_json
 from halves import FILES
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
-import nemotron_h  # noqa: F401  (registers the family: the Auto classes below give this package's classes)
+import nemotron_h
 from nemotron_h.bundled import WORD_PROBLEMS
 
 
@@ -36,9 +37,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT/checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--check-plain", type=int, default=20, metavar="N", help="ask transformers' own class N problems"
+        "--check-plain",
+        type=int,
+        default=200,
+        metavar="N",
+        help="of the problems, ask N through transformers' own class as well, in a process without this package",
     )
-    parser.add_argument("--push-to-hub", metavar="NAME", help="push the model there")
+    parser.add_argument("--push-to-hub", type=hub_name, metavar="OWNER/NAME", help="push the model there")
     return parser.parse_args()
 
 
@@ -114,15 +119,13 @@ def main() -> None:
     after, replies = accuracy(model, tokenizer, problems)
     print(f"after: {after:.1%} of {len(problems)} held-out problems right (before: {before:.1%})", flush=True)
 
-    def save(folder: str) -> None:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-    write_folder(arguments.output / "model", save)
+    about = {"tokenizer": tokenizer, **card(arguments, before, after, len(problems))}
+    shutil.rmtree(arguments.output / "model", ignore_errors=True)  # of a run before this one
+    nemotron_h.publish(model, arguments.output / "model", **about)
     drawn = plot_loss(trainer.state.log_history, arguments.output / "loss.png", "all weights")
     figures = {"before": before, "after": after, "problems": len(problems), "steps": trainer.state.global_step}
     if arguments.check_plain:
-        figures["same_replies_from_transformers"] = same_from_plain_transformers(
+        figures["transformers_own_class"] = ask_plain_transformers(
             arguments.output / "model", problems[: arguments.check_plain], replies
         )
     write_json(arguments.output / "figures.json", figures)
@@ -130,9 +133,7 @@ def main() -> None:
     if not drawn:
         print("no plot of the loss: pip install matplotlib")
     if arguments.push_to_hub:
-        model.push_to_hub(arguments.push_to_hub)
-        tokenizer.push_to_hub(arguments.push_to_hub)
-        print(f"pushed: {arguments.push_to_hub}")
+        print(f"pushed: {nemotron_h.publish(model, arguments.push_to_hub, **about)}")
     print(f"{(time.monotonic() - started) / 60:.1f} minutes in all")
 
 

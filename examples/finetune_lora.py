@@ -5,9 +5,11 @@ model has never seen a half, and gets nearly all of them wrong before and right 
 TRL's `SFTTrainer`, measures again, and writes
 
     OUTPUT/adapter/      what was trained, for `peft.PeftModel.from_pretrained`
-    OUTPUT/merged/       the whole model with the adapter in its weights: loads anywhere, without PEFT
+    OUTPUT/merged/       the whole model with the adapter in its weights and a model card: loads anywhere, without PEFT
     OUTPUT/loss.png      the loss; OUTPUT/figures.json what was measured
     OUTPUT/checkpoints/  for --resume
+
+and asks OUTPUT/merged the held-out problems once more through plain `transformers`, in a process without this package.
 
     pip install trl datasets peft matplotlib
     python examples/finetune_lora.py
@@ -22,11 +24,21 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import shutil
 import time
 from pathlib import Path
 
 import torch
-from finetuning import accuracy, plot_loss, read_jsonl, same_from_plain_transformers, write_folder, write_json
+from finetuning import (
+    accuracy,
+    ask_plain_transformers,
+    card,
+    hub_name,
+    plot_loss,
+    read_jsonl,
+    write_folder,
+    write_json,
+)
 from halves import FILES
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -60,9 +72,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT/checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--check-plain", type=int, default=20, metavar="N", help="ask transformers' own class N problems"
+        "--check-plain",
+        type=int,
+        default=200,
+        metavar="N",
+        help="of the problems, ask N through transformers' own class as well, in a process without this package",
     )
-    parser.add_argument("--push-to-hub", metavar="NAME", help="push the merged model there")
+    parser.add_argument("--push-to-hub", type=hub_name, metavar="OWNER/NAME", help="push the merged model there")
     return parser.parse_args()
 
 
@@ -143,11 +159,9 @@ def main() -> None:
     after, replies = accuracy(model, tokenizer, problems)
     print(f"after: {after:.1%} of {len(problems)} held-out problems right (before: {before:.1%})", flush=True)
 
-    def save(folder: str) -> None:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-    write_folder(arguments.output / "merged", save)
+    about = {"tokenizer": tokenizer, **card(arguments, before, after, len(problems))}
+    shutil.rmtree(arguments.output / "merged", ignore_errors=True)  # of a run before this one
+    nemotron_h.publish(model, arguments.output / "merged", **about)
     figures = {
         "before": before,
         "after": after,
@@ -157,7 +171,7 @@ def main() -> None:
         "adapter": str(nemotron_h.lora_coverage(trainer.model)),
     }
     if arguments.check_plain:
-        figures["same_replies_from_transformers"] = same_from_plain_transformers(
+        figures["transformers_own_class"] = ask_plain_transformers(
             arguments.output / "merged", problems[: arguments.check_plain], replies
         )
     write_json(arguments.output / "figures.json", figures)
@@ -165,9 +179,7 @@ def main() -> None:
     if not drawn:
         print("no plot of the loss: pip install matplotlib")
     if arguments.push_to_hub:
-        model.push_to_hub(arguments.push_to_hub)
-        tokenizer.push_to_hub(arguments.push_to_hub)
-        print(f"pushed: {arguments.push_to_hub}")
+        print(f"pushed: {nemotron_h.publish(model, arguments.push_to_hub, **about)}")
     print(f"{(time.monotonic() - started) / 60:.1f} minutes in all")
 
 

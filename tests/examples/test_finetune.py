@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
@@ -16,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import halves
-from finetuning import plot_loss, read_answer, read_jsonl, write_folder
+from finetuning import ask_plain_transformers, hub_name, plot_loss, read_answer, read_jsonl, write_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from word_problems import HELD_OUT_NAMES
 
@@ -119,6 +120,11 @@ def test_the_plot_is_a_png(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
 
 
+PLAIN_SAID = (
+    r"in transformers\.models\.nemotron_h\.modeling_nemotron_h: (\d+\.\d)% of 2 right \(with this package: \1%\)"
+)
+
+
 def run(script: str, *arguments: object, fails: bool = False) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -142,9 +148,12 @@ def test_full_fine_tuning_resumes_to_the_same_weights(few, tmp_path):
     arguments = ("--data", train, "--test", test, "--test-size", 2, "--batch-size", 4, "--save-steps", 2)
     said = run("finetune_full.py", *arguments, "--epochs", 2, "--output", tmp_path / "whole", "--check-plain", 2)
     assert re.search(r"before: \d+\.\d% of 2 held-out.*after: .* right \(before", said, re.DOTALL)
-    assert "transformers.models.nemotron_h.modeling_nemotron_h gives the same reply to 2 of 2" in said
+    assert re.search(PLAIN_SAID, said) and "2 of 2 replies are the same" in said
     figures = json.loads((tmp_path / "whole" / "figures.json").read_text())
-    assert figures["steps"] == 6 and figures["same_replies_from_transformers"] == "2 of 2"
+    assert figures["steps"] == 6 and figures["transformers_own_class"]["same_replies"] == 2
+    whole_card = (tmp_path / "whole" / "model" / "README.md").read_text()
+    assert "Trained on: train.jsonl." in whole_card and "| right answers to 2 held-out problems, after |" in whole_card
+    assert str(tmp_path) not in whole_card
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "model").state_dict()
     base = AutoModelForCausalLM.from_pretrained(WORD_PROBLEMS).state_dict()
     assert all(not torch.equal(whole[name], base[name]) for name in base if name.endswith("_proj.weight"))
@@ -168,7 +177,8 @@ def test_lora_end_to_end(few, tmp_path):
         "--learning-rate", 1e-2, "--output", tmp_path, "--check-plain", 2, "--save-steps", 2,
     )  # fmt: skip
     assert "adapter: 6 of 6 layers (mamba 2/2, attention 2/2, mlp 2/2); 508,928 of 710,168 weights (71.7%)" in said
-    assert "gives the same reply to 2 of 2" in said and "minutes in all" in said
+    assert re.search(PLAIN_SAID, said) and "2 of 2 replies are the same" in said and "minutes in all" in said
+    assert 'license: "apache-2.0"' in (tmp_path / "merged" / "README.md").read_text()
     names = {path.name for path in tmp_path.iterdir()}
     assert {"adapter", "merged", "figures.json", "checkpoints"} <= names and not [n for n in names if n[0] == "."]
     # what is merged is W + s B A, by the adapter's own tensors
@@ -186,6 +196,34 @@ def test_lora_end_to_end(few, tmp_path):
             assert torch.allclose(merged[weight], base[weight] + 2 * B @ A, atol=1e-6), name
             checked += 1
     assert checked == 16 == len(adapter) // 2
+
+
+def test_replies_that_differ_through_plain_transformers_are_counted(monkeypatch, capsys):
+    """With what the other process says made up: one reply of three is another, and wrong."""
+    problems = [{"messages": [{"content": "?"}], "answer": answer} for answer in (1, 2, 3)]
+    ours = [f"</think>The answer is {answer}." for answer in (1, 2, 4)]
+    theirs = [ours[0], "</think>The answer is 7.", ours[2]]
+
+    def answers(line, input, **_):
+        assert json.loads(input) == ["?"] * 3 and line[3] == "folder"
+        said = "noise\n" + json.dumps({"module": "theirs", "replies": theirs})
+        return subprocess.CompletedProcess(line, 0, stdout=said, stderr="")
+
+    monkeypatch.setattr(subprocess, "run", answers)
+    figures = ask_plain_transformers(Path("folder"), problems, [*ours, "more"])
+    assert figures == {"problems": 3, "right": 1 / 3, "right_with_this_package": 2 / 3, "same_replies": 2}
+    said = "folder in theirs: 33.3% of 3 right (with this package: 66.7%), 2 of 3 replies are the same\n"
+    assert capsys.readouterr().out == said
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, "", "a\nKeyError: 'b'"))
+    with pytest.raises(RuntimeError, match=r"^folder does not load without this package: KeyError: 'b'$"):
+        ask_plain_transformers(Path("folder"), problems, ours)
+
+
+def test_where_to_push_is_owner_and_name():
+    assert hub_name("me/halves") == "me/halves"
+    for wrong in ("halves", "/halves", "a/b/c"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not OWNER/NAME"):
+            hub_name(wrong)
 
 
 @pytest.mark.parametrize("name", ["finetune_full", "finetune_lora"])
