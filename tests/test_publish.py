@@ -85,6 +85,7 @@ def run(code: str, *arguments: object, **environment: str) -> str:
     return result.stdout
 
 
+@pytest.mark.core
 def test_files(folders) -> None:
     whole = {"README.md", "config.json", "generation_config.json", "model.safetensors"} | TOKENIZER_FILES
     adapter = {"README.md", "adapter_config.json", "adapter_model.safetensors", "generation_config.json"}
@@ -108,6 +109,7 @@ def test_nothing_of_this_machine(folders) -> None:
     assert config["auto_mapping"] is None and config["task_type"] == "CAUSAL_LM"
 
 
+@pytest.mark.core
 def test_the_same_function(folders, ids) -> None:
     plain = AutoModelForCausalLM.from_pretrained(WORD_PROBLEMS)
     torch.testing.assert_close(
@@ -121,6 +123,7 @@ def test_the_same_function(folders, ids) -> None:
     torch.testing.assert_close(logits(merged, ids), wanted, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.core
 def test_transformers_own_class_answers_the_same(folders, ids, tmp_path) -> None:
     """In a process without this package: the same function once its clamp is lifted, and nearly the same replies."""
     code = f"""
@@ -263,6 +266,7 @@ PUSHED = """
 """
 
 
+@pytest.mark.core
 def test_the_hub(folders, tmp_path) -> None:
     """publish(), plain push_to_hub() and Trainer's against a stand-in, and what was pushed is loaded from it."""
     with Hub() as hub:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
-from . import chat, convert, demo, doctor, exec, generate, info, logprobs, quantize, verify
+from . import chat, convert, demo, doctor, exec, generate, info, logprobs, publish, quantize, verify
 from .errors import one_sentence
 
 app = typer.Typer(
@@ -39,7 +39,7 @@ def _options(
     pass
 
 
-for command in (generate, chat, demo, info, quantize, convert, verify, doctor, exec, logprobs):
+for command in (generate, chat, demo, info, quantize, convert, verify, doctor, publish, exec, logprobs):
     settings = getattr(command, "SETTINGS", None)
     app.command(name=command.NAME, help=command.HELP, epilog=command.EXAMPLE, context_settings=settings)(
         one_sentence(command.run)

@@ -1,0 +1,125 @@
+"""`nemotron-h publish`: what training left in a folder, as a hub repository or a folder with a model card."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .arguments import JsonOption
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NAME = "publish"
+HELP = (
+    "Upload a model's or adapter's folder, a checkpoint of a Trainer too, to the hub or write it to a folder: weights, "
+    "tokenizer, generation config and a model card, without what belongs to this machine alone."
+)
+EXAMPLE = (
+    "Example: nemotron-h publish finetuned/checkpoint-500 me/my-nano-9b "
+    "--base-model nvidia/NVIDIA-Nemotron-Nano-9B-v2 --data me/my-data --metric accuracy=0.87"
+)
+
+
+def run(
+    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="A model's folder, or an adapter's.")],
+    where: Annotated[
+        str, typer.Argument(metavar="OWNER/NAME|DEST", help="A hub id; with --to-folder, a folder to write.")
+    ],
+    to_folder: Annotated[bool, typer.Option("--to-folder", help="DEST is a folder, which is not there yet.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="The base model with the adapter in its weights.")] = False,
+    base_model: Annotated[
+        str | None, typer.Option(metavar="HUB_ID", help="What it was trained from.", show_default=False)
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="HUB_ID|WORDS", help="What it was trained on; once for each.")
+    ] = None,
+    metric: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="For the card; once for each.")] = None,
+    license: Annotated[str | None, typer.Option(metavar="TAG", help="The hub's tag of the license.")] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a new repository.", show_default="the owner's default")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    from ..publishing import hub_id, publish
+
+    adapter = (source / "adapter_config.json").is_file()
+    if not adapter and not (source / "config.json").is_file():
+        raise ValueError(f"{source} has no config.json and no adapter_config.json; name what save_pretrained wrote.")
+    if merge and not adapter:
+        raise ValueError(f"{source} is a whole model, so there is nothing to --merge; leave it out.")
+    if not to_folder and hub_id(where) is None:
+        raise ValueError(f"{where!r} is no hub id, which is written OWNER/NAME; for a folder add --to-folder.")
+    metrics = dict(map(_metric, metric or ()))
+    base = _base(source) if adapter else None
+    if adapter and not merge and (base_model or hub_id(base)) is None:
+        raise ValueError(
+            f"The adapter's base model is {base!r}, which is on this machine alone: name its hub id with --base-model."
+        )
+    if base is not None and base_model is None:
+        base_model = hub_id(base)
+    written = publish(
+        _load(source, base, merge),
+        Path(where) if to_folder else where,
+        tokenizer=_tokenizer(source, base),
+        base_model=base_model,
+        data=data,
+        metrics=metrics,
+        license=license,
+        private=private,
+    )
+    kind = "adapter" if adapter and not merge else "model"
+    if as_json:
+        typer.echo(json.dumps({"source": str(source), "kind": kind, "published": written}, ensure_ascii=False))
+    else:
+        Console(highlight=False, soft_wrap=True).print(f"The {kind} of {source} is at {written}", markup=False)
+
+
+def _metric(text: str) -> tuple[str, float | str]:
+    name, equals, value = text.rpartition("=")
+    if not equals or not name or not value:
+        raise ValueError(f"There is no value in --metric {text}; write NAME=VALUE.")
+    return name, value
+
+
+def _base(source: Path) -> str:
+    base = json.loads((source / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{source / 'adapter_config.json'} does not say its base_model_name_or_path; write it there.")
+    return base
+
+
+def _load(source: Path, base: str | None, merge: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    import nemotron_h  # noqa: F401 - registers the family
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(base or source, dtype="auto")
+    if base is None:
+        return model
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise ImportError(f"{source} is an adapter, which PEFT reads: pip install peft.") from None
+    model = PeftModel.from_pretrained(model, str(source))
+    return model.merge_and_unload() if merge else model
+
+
+def _tokenizer(source: Path, base: str | None) -> PreTrainedTokenizerBase | None:
+    """That of the folder, else of the adapter's base; what has none is published without."""
+    from transformers import AutoTokenizer
+
+    if (source / "tokenizer_config.json").is_file():
+        return AutoTokenizer.from_pretrained(source)
+    if base is not None and (not Path(base).is_dir() or (Path(base) / "tokenizer_config.json").is_file()):
+        return AutoTokenizer.from_pretrained(base)
+    return None

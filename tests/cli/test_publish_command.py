@@ -1,0 +1,110 @@
+"""`nemotron-h publish`: what it hands to `publish()` is what the folder holds, and what cannot be is one sentence."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from nemotron_h import publishing
+
+TENSORS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def adapter(chat_model, tmp_path_factory) -> Path:
+    """An adapter's folder, with the path of its base in it, and no tokenizer."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["in_proj"], r=2, init_lora_weights=False)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(chat_model), config)
+    folder = tmp_path_factory.mktemp("trained") / "adapter"
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def card(folder: Path) -> str:
+    return (folder / "README.md").read_text()
+
+
+@pytest.mark.core
+def test_a_trainers_checkpoint_to_a_folder(cli, cli_json, chat_model, tmp_path) -> None:
+    checkpoint = Path(shutil.copytree(chat_model, tmp_path / "checkpoint-5"))
+    for name in ("trainer_state.json", "optimizer.pt", "training_args.bin"):
+        (checkpoint / name).write_text(str(tmp_path))
+    facts = cli_json(
+        "publish", str(checkpoint), str(tmp_path / "a"), "--to-folder", "--base-model", "nvidia/x", "--data", "me/sums",
+        "--data", "words", "--metric", "accuracy, a=b=0.50", "--metric", "steps=5", "--license", "mit",
+    )  # fmt: skip
+    assert facts == {"source": str(checkpoint), "kind": "model", "published": str(tmp_path / "a")}
+    names = {path.name for path in (tmp_path / "a").iterdir()}
+    assert names == {path.name for path in Path(chat_model).iterdir()} | {"README.md"}
+    before, after = load_file(checkpoint / TENSORS), load_file(tmp_path / "a" / TENSORS)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    said = card(tmp_path / "a")
+    assert "| accuracy, a=b | 0.50 |\n| steps | 5 |" in said and 'license: "mit"' in said
+    assert 'base_model: "nvidia/x"' in said and "Trained on: me/sums, words." in said and "<SPECIAL_11>" in said
+    assert cli("publish", str(checkpoint), str(tmp_path / "b"), "--to-folder").stdout == (
+        f"The model of {checkpoint} is at {tmp_path / 'b'}\n"
+    )
+
+
+def test_an_adapter_and_the_two_merged(cli_json, chat_model, adapter, tmp_path) -> None:
+    facts = cli_json("publish", str(adapter), str(tmp_path / "a"), "--to-folder", "--base-model", "me/base")
+    assert facts["kind"] == "adapter"
+    stored, written = (load_file(each / "adapter_model.safetensors") for each in (adapter, tmp_path / "a"))
+    assert stored.keys() == written.keys() and all(torch.equal(stored[name], written[name]) for name in stored)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "me/base" and str(tmp_path) not in card(tmp_path / "a")
+    assert (tmp_path / "a" / "chat_template.jinja").is_file()  # of the base: the adapter's folder has none
+
+    assert cli_json("publish", str(adapter), str(tmp_path / "m"), "--to-folder", "--merge")["kind"] == "model"
+    base, merged = load_file(Path(chat_model) / TENSORS), load_file(tmp_path / "m" / TENSORS)
+    scale = config["lora_alpha"] / config["r"]
+    assert base.keys() == merged.keys()
+    changed = 0
+    for name, tensor in base.items():
+        module = name.replace("backbone.", "base_model.model.model.").removesuffix(".weight")
+        if (A := stored.get(f"{module}.lora_A.weight")) is not None:
+            tensor = tensor + scale * stored[f"{module}.lora_B.weight"] @ A
+            assert not torch.allclose(tensor, base[name], atol=1e-3)
+            changed += 1
+        torch.testing.assert_close(merged[name], tensor, rtol=1e-5, atol=1e-6)
+    assert changed == 1 == len(stored) // 2
+
+
+def test_to_the_hub(cli, chat_model, monkeypatch) -> None:
+    """What tests/test_publish.py proves of `publish()` is called with what was typed."""
+    seen = {}
+
+    def publish(model, where, **options):
+        seen.update(options, model=model, where=where)
+        return f"https://huggingface.co/{where}"
+
+    monkeypatch.setattr(publishing, "publish", publish)
+    said = cli("publish", chat_model, "me/nano", "--private", "--base-model", "nvidia/x").stdout
+    assert said == f"The model of {chat_model} is at https://huggingface.co/me/nano\n"
+    assert seen["where"] == "me/nano" and seen["private"] is True and seen["base_model"] == "nvidia/x"
+    assert seen["tokenizer"].chat_template and type(seen["model"]).__name__ == "NemotronHForCausalLM"
+    cli("publish", chat_model, "me/nano")
+    assert seen["private"] is None and seen["license"] is None
+
+
+def test_refusals(refused, chat_model, adapter, tmp_path, monkeypatch) -> None:
+    there = str(tmp_path / "a")
+    assert "has no config.json and no adapter_config.json; name" in refused("publish", str(tmp_path), "me/x")
+    assert "nothing to --merge" in refused("publish", chat_model, "me/x", "--merge")
+    assert f"'{there}' is no hub id, which is written OWNER/NAME" in refused("publish", chat_model, there)
+    assert "no value in --metric 0.5; write NAME=VALUE" in refused("publish", chat_model, "me/x", "--metric", "0.5")
+    said = refused("publish", str(adapter), "me/x")
+    assert repr(chat_model) in said and "name its hub id with --base-model" in said
+    said = refused("publish", chat_model, there, "--to-folder", "--data", str(tmp_path))
+    assert "is a path on this machine: write a hub id" in said
+    assert refused("publish", chat_model, str(tmp_path.parent), "--to-folder").endswith("or remove it.")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    said = refused("publish", str(adapter), there, "--to-folder", "--merge")
+    assert said.endswith("is an adapter, which PEFT reads: pip install peft.")
+    assert not list(tmp_path.iterdir())
