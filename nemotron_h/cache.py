@@ -98,6 +98,10 @@ class MambaLayer(LinearAttentionCacheLayerMixin):
         """Nothing is recorded from here on, and nothing can be taken back."""
         self.record_past, self._record = False, None
 
+    def settle(self) -> None:
+        """What was seen so far stays: it cannot be taken back any more, and later steps back have not to go through it."""
+        self._record = None
+
     @property
     def recorded(self) -> int:
         """How many tokens `crop` can take back."""

@@ -42,7 +42,7 @@ def test_runs(name, script, tmp_path, monkeypatch):
     if name == "loading":  # interpreters that import transformers take half a minute of a busy machine
         monkeypatch.setattr(benchmark, "PEER", "import json")
         monkeypatch.setattr(benchmark, "OURS", "import json, decimal")
-    report = benchmark.main(["--dims", "tiny", "--budget", "5", "--rounds", "2", "--output", str(tmp_path)])
+    report = benchmark.main(["--dims", "tiny", "--budget", "60", "--rounds", "2", "--output", str(tmp_path)])
     text = (tmp_path / f"{name}.json").read_text()
     read = json.loads(text, parse_constant=refuse)
     assert str(tmp_path) not in text and str(BENCHMARKS) not in text

@@ -194,6 +194,23 @@ def test_back_to_the_beginning_and_on():
     assert difference(ours.layer, again.layer) <= 1e-12
 
 
+def test_what_is_settled_stays():
+    mixer, width = mixer_of(), small_config("mamba").hidden_size
+    x = torch.randn(1, 9, width, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    ours, theirs = (OneLayer(mixer, MambaLayer(torch.float64)) for _ in range(2))
+    ours.layer.activate_past_recording()
+    ours.see(x[:, :5])
+    ours.layer.settle()
+    with pytest.raises(RuntimeError, match="forget 1 tokens and 0 are recorded"):
+        ours.layer.crop(-1)
+    ours.see(x[:, 5:]), theirs.see(x)
+    assert ours.layer.recorded == 4 and difference(ours.layer, theirs.layer) <= 1e-12
+    ours.layer.crop(-3)
+    again = OneLayer(mixer, MambaLayer(torch.float64))
+    again.see(x[:, :6])
+    assert difference(ours.layer, again.layer) <= 1e-12
+
+
 def test_a_copy_goes_its_own_way():
     """Nothing of a copied cache's record is shared in a way that shows; the model is not copied along."""
     model = small_model("dense")

@@ -323,11 +323,11 @@ class ReadyNumbers(nn.Module):
         return y
 
 
-def without_linears(model: nn.Module) -> nn.Module:
-    """In place: every Linear below `model` but the head becomes `ReadyNumbers`."""
+def without_linears(model: nn.Module, head: bool = True) -> nn.Module:
+    """In place: every Linear below `model` becomes `ReadyNumbers`; the head stays unless `head` is false."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and name != "lm_head":
+            if isinstance(child, nn.Linear) and not (head and name == "lm_head"):
                 setattr(module, name, ReadyNumbers(child))
     return model
 

@@ -219,7 +219,7 @@ def decode(model: Any, library: Callable[..., Any], input_ids: Tensor, **given: 
     before = [bool(getattr(layer, "record_past", False)) for layer in cache.layers]
     cache.activate_past_recording()
     try:
-        return _Loop(model, input_ids, **given).run()
+        return _Loop(model, input_ids, settles=not any(before), **given).run()
     finally:
         for layer, recorded in zip(cache.layers, before, strict=True):
             if not recorded and hasattr(layer, "deactivate_past_recording"):
@@ -236,6 +236,7 @@ class _Loop:
         logits_processor: Any,
         stopping_criteria: Any,
         generation_config: Any,
+        settles: bool,
         synced_gpus: bool = False,
         streamer: Any = None,
         inputs_tensor: Any = None,
@@ -248,6 +249,8 @@ class _Loop:
         self.cache = model_kwargs[CACHE_NAME]
         self.processors, self.criteria, self.streamer = logits_processor, stopping_criteria, streamer
         self.model_kwargs = model_kwargs
+        # Whether a draft that was checked is done with: unless somebody else wants to go back over it later.
+        self.settles = settles
         self.stats = Speculation()
         self.outputs: Any = None
         self.matches = 0
@@ -328,6 +331,10 @@ class _Loop:
         # The last token is one that the cache has not seen, whether it was drafted or not.
         if number + 1 > taken:
             self.cache.crop(taken - number - 1)
+        if self.settles:
+            for layer in self.cache.layers:
+                if isinstance(layer, MambaLayer):
+                    layer.settle()
         self.stats.steps += 1
         self.stats.tokens += taken
         self.stats.drafted += number
