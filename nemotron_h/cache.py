@@ -99,7 +99,7 @@ class MambaLayer(LinearAttentionCacheLayerMixin):
         self.record_past, self._record = False, None
 
     def settle(self) -> None:
-        """What was seen so far stays: it cannot be taken back any more, and later steps back have not to go through it."""
+        """What was seen so far stays: it cannot be taken back any more, nor is it replayed when later tokens are."""
         self._record = None
 
     @property
