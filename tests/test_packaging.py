@@ -67,10 +67,12 @@ def test_wheel(tmp_path: Path) -> None:
     subprocess.run([*build, str(source)], check=True, capture_output=True, timeout=300)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    bundled = "nemotron_h/bundled/word-problems/"
-    assert {"nemotron_h/py.typed", "nemotron_h/cli/__init__.py", bundled + "config.json"} <= names
-    shipped = {path.name for path in (ROOT / bundled).iterdir()}
-    assert {name.removeprefix(bundled) for name in names if name.startswith(bundled)} == shipped
-    assert sum((ROOT / bundled / name).stat().st_size for name in shipped) <= 8 * 2**20
+    assert {"nemotron_h/py.typed", "nemotron_h/cli/__init__.py"} <= names
+    for folder, wanted in {"word-problems": "config.json", "word-problems-mtp": "mtp.safetensors"}.items():
+        bundled = f"nemotron_h/bundled/{folder}/"
+        assert bundled + wanted in names
+        shipped = {path.name for path in (ROOT / bundled).iterdir()}
+        assert {name.removeprefix(bundled) for name in names if name.startswith(bundled)} == shipped
+        assert sum((ROOT / bundled / name).stat().st_size for name in shipped) <= 8 * 2**20
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"nemotron_h"}

@@ -1,6 +1,9 @@
 """The model in the box: a Nemotron-H of a few megabytes that solves word problems, trained by `examples/train_tiny.py`.
 
 `WORD_PROBLEMS` is a folder like any other: `AutoModelForCausalLM.from_pretrained(WORD_PROBLEMS)`.
+
+`WORD_PROBLEMS_MTP` is the file of a multi-token-prediction head for it, trained by `examples/train_mtp.py`: after
+`nemotron_h.mtp.load_head(model, WORD_PROBLEMS_MTP)`, `generate(use_mtp=True)` drafts with it.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 WORD_PROBLEMS = str(Path(__file__).parent / "word-problems")
+WORD_PROBLEMS_MTP = str(Path(__file__).parent / "word-problems-mtp" / "mtp.safetensors")
 
 
 def figures() -> dict[str, Any]:
@@ -30,4 +34,4 @@ def read_answer(text: str | None) -> int | None:
     return int(numbers[-1]) if numbers else None
 
 
-__all__ = ["WORD_PROBLEMS", "figures", "held_out", "read_answer"]
+__all__ = ["WORD_PROBLEMS", "WORD_PROBLEMS_MTP", "figures", "held_out", "read_answer"]

@@ -40,18 +40,31 @@ def run(
         str | None,
         typer.Option(metavar="N|I,J,..", help="Draft with the model's first N layers, or with these of them."),
     ] = None,
+    mtp: Annotated[
+        bool, typer.Option("--mtp", help="Draft with the multi-token-prediction head; the bundled model has one.")
+    ] = False,
+    mtp_tokens: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="With --mtp: so many at a time.  [default: as trained]")
+    ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     sampling = sampling_arguments(greedy, temperature, top_p, top_k)
-    drafts = draft_arguments(prompt_lookup, assistant, early_exit)
+    drafts = draft_arguments(prompt_lookup, assistant, early_exit, mtp, mtp_tokens)
     text = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
     if not text.strip():
         raise ValueError(f"The prompt {text!r} is empty; write a question, or - and send one to standard input.")
     chat = load_chat(model, dtype, device)
     if assistant is not None:
         drafts = chat.drafts_of(load_chat(assistant, dtype, device))
+    if mtp:
+        from ..bundled import WORD_PROBLEMS_MTP
+        from ..mtp import check_head, load_head
+
+        if model is None:
+            load_head(chat.model, WORD_PROBLEMS_MTP)
+        check_head(chat.model, "--mtp")
     if seed is not None:
         from transformers import set_seed
 
@@ -75,13 +88,28 @@ def run(
         notes.print(f"{found['tokens_per_step']:.2f} tokens per step, {kept}", style="dim")
 
 
-def draft_arguments(prompt_lookup: int | None, assistant: str | None, early_exit: str | None) -> dict[str, Any]:
+def draft_arguments(
+    prompt_lookup: int | None,
+    assistant: str | None,
+    early_exit: str | None,
+    mtp: bool = False,
+    mtp_tokens: int | None = None,
+) -> dict[str, Any]:
     """The options as `generate()` takes them, but for the assistant, which has to be loaded."""
-    given = {"--prompt-lookup": prompt_lookup, "--assistant": assistant, "--early-exit": early_exit}
+    if mtp_tokens is not None and not mtp:
+        raise ValueError(f"--mtp-tokens {mtp_tokens} is a number of drafts of --mtp; add --mtp, or leave it out.")
+    given = {
+        "--prompt-lookup": prompt_lookup,
+        "--assistant": assistant,
+        "--early-exit": early_exit,
+        "--mtp": mtp or None,
+    }
     if len(names := [name for name, value in given.items() if value is not None]) > 1:
         raise ValueError(f"{' and '.join(names)} draft in different ways; leave all but one of them out.")
     if prompt_lookup is not None:
         return {"prompt_lookup_num_tokens": prompt_lookup}
+    if mtp:
+        return {"use_mtp": True} | ({} if mtp_tokens is None else {"num_assistant_tokens": mtp_tokens})
     if early_exit is None:
         return {}
     try:

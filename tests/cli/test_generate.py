@@ -91,3 +91,24 @@ def test_bundled_model_reasons(cli, cli_json) -> None:
     shown = cli("generate", problem).stdout
     assert shown.strip() == f"{reply['reasoning']}\n\n{reply['answer']}"
     assert cli_json("generate", problem, "--no-think")["reasoning"] is None
+
+
+@pytest.mark.core
+def test_mtp(cli, cli_json, refused, base_model: str) -> None:
+    """The bundled model's head drafts: the same reply in fewer steps, and how many drafts were kept."""
+    problem = "Anna has 12 apples. She buys 7 more. Later she uses 4 of them. How many apples does Anna have now?"
+    plain, drafted = cli_json("generate", problem), cli_json("generate", "--mtp", problem)
+    assert plain["speculation"] is None
+    found = drafted["speculation"]
+    for name in ("reasoning", "answer", "tokens", "finished"):
+        assert drafted[name] == plain[name], name
+    assert found["tokens_per_step"] == round(found["tokens"] / found["steps"], 3) >= 2
+    assert found["drafted"] > 2 * (found["steps"] - 2)  # three at a time, as it was trained
+    one = cli_json("generate", "--mtp", "--mtp-tokens", "1", problem)
+    assert one["answer"] == plain["answer"] and one["speculation"]["drafted"] < one["speculation"]["steps"]
+    shown = cli("generate", "--mtp", problem).stderr
+    assert f"{found['tokens_per_step']:.2f} tokens per step, {found['accepted']} of {found['drafted']} drafted" in shown
+    # of another model, its own head
+    assert "--mtp needs a multi-token-prediction head" in refused("generate", "Hi", "-m", base_model, "--mtp")
+    assert "--early-exit and --mtp draft in different ways" in refused("generate", "Hi", "--mtp", "--early-exit", "2")
+    assert "--mtp-tokens 2 is a number of drafts of --mtp" in refused("generate", "Hi", "--mtp-tokens", "2")
