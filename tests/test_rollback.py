@@ -259,6 +259,20 @@ def test_a_long_prompt_is_not_recorded(length):
 
 
 @torch.no_grad()
+def test_what_is_recorded_of_a_very_long_prompt():
+    model = small_model("mamba", torch.float32, hybrid_override_pattern="M")
+    cache = NemotronHCache(model.config)
+    cache.activate_past_recording()
+    before = cache.nbytes()
+    model(tokens(1, 32_000), cache=cache, logits_to_keep=1)
+    (layer,) = cache.layers
+    per_token = (model.model.layers[0].mixer.conv_dim + model.model.layers[0].mixer.num_heads) * 4
+    assert before == 0 and layer.recorded == 64
+    assert layer._record.inputs_BLK.untyped_storage().nbytes() == 64 * per_token
+    assert cache.nbytes() == 64 * per_token + 2 * (layer.window_BCW.nbytes + layer.state_BHPN.nbytes)
+
+
+@torch.no_grad()
 def test_stepping_on_keeps_the_last_tokens_alone():
     model = small_model("mamba", torch.float32)
     cache = NemotronHCache(model.config)
