@@ -931,7 +931,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         Args:
             prompt_cache: a `nemotron_h.PromptCache`: the prompt goes on from the longest kept beginning of it, and is
                 kept in turn, also at `prompt_boundaries=[lengths]`; see `generation.prefixes.generate`.
-            use_mtp: draft with the MTP head, `num_assistant_tokens` at a time (unless given `mtp_depths`, or its depths;
+            use_mtp: draft with the MTP head, `num_assistant_tokens` at a time (unless given, `mtp_depths` or its own;
                 more: its last depth again). The tokens are those without it, up to rounding; sampled ones are drawn
                 from the same distribution.
 
