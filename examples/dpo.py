@@ -1,4 +1,4 @@
-"""Teach the bundled model the other way of telling a story with DPO: right replies against its own wrong ones.
+"""Train the bundled model with DPO to prefer right replies to its own wrong ones.
 
 The model answers training problems; where it is wrong, its reply is what is rejected, and the right reasoning and
 answer are what is chosen. TRL's `DPOTrainer` trains a LoRA adapter on these pairs. One run measures, trains, measures
@@ -14,7 +14,8 @@ again, and writes
     python examples/dpo.py --pairs my_pairs.jsonl      # {"prompt": [...], "chosen": [...], "rejected": [...]} a line
 
 DPO by itself is content when the rejected reply becomes less likely, and lets the chosen one become less likely with
-it; `--sft-weight` adds the chosen reply's own loss, which keeps it up.
+it; `--sft-weight` adds the chosen reply's own loss, which keeps it up. A right reply preferred is not yet a right reply
+written: the accuracy stayed where it was (README.md has the figures).
 """
 
 from __future__ import annotations
