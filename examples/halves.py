@@ -76,7 +76,8 @@ def _tell(draw: Draw, rng: random.Random) -> dict | None:
     """A story with a half in it; None where its numbers belong to the other split."""
     who, other, things = draw.person(), draw.person(), draw.choice(OBJECTS)
     words = who | {"things": things, "other": other["name"]}
-    count = draw.number(10)
+    # Every other problem of training starts anywhere below a thousand: with tens alone, the halves are learnt by heart.
+    count = draw.number(10, LIMIT if draw.split == "train" and rng.random() < 0.5 else None)
     sentences, lines = [draw.say(START, n=count, **words)], []
 
     def change() -> None:

@@ -77,7 +77,7 @@ def test_training_and_test_share_no_people_and_no_number_that_is_halved():
             named = people & set(re.findall(r"[A-Z]\w+", item["messages"][0]["content"]))
             assert bool(named) == (split == "test")
             found |= set(re.findall(r"(\d+): \d+ = \d+ \+ (?!\d+ =)", item["messages"][1]["content"]))
-        assert len(found) > 10
+        assert len(found) > (300 if split == "train" else 10)  # few ones are learnt by heart
     assert not halved["train"] & halved["test"]
 
 
