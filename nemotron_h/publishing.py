@@ -26,6 +26,20 @@ _IN_THE_CACHE = re.compile(r".*models--([\w.-]+?)--([\w.-]+)/snapshots/.*")
 _NOT_PUBLIC = ("is_local", "local_files_only", "_name_or_path", "name_or_path")
 """Keys that say where the files were on the machine that wrote them."""
 _LICENSES_IN_WORDS = "other"
+_REPLACED = (
+    "config.json",
+    "hf_quant_config.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "model.safetensors",
+    "model-?????-of-?????.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model-?????-of-?????.bin",
+    "pytorch_model.bin.index.json",
+)
+"""What an earlier upload may have left in a repository, and a reader would take in place of the new one's weights."""
 
 
 def publish(
@@ -46,7 +60,8 @@ def publish(
     Args:
         model: a model, or PEFT's wrapper of one, of which the active adapter alone is published; publish
             `model.merge_and_unload()` for a model with the adapter in it.
-        where: a hub id, "owner/name"; anything else, or a `Path`, is a folder, which must be absent or empty.
+        where: a hub id, "owner/name", where weights of an earlier upload are replaced; anything else, or a `Path`, is
+            a folder, which must be absent or empty.
         tokenizer: published beside the model, with its chat template.
         base_model: hub id of the model that was trained; without it, what the model was loaded from, if that is one.
         data: what it was trained on: hub ids of data sets, or words.
@@ -113,7 +128,12 @@ def publish(
 
         api = HfApi(token=token)
         repository = api.create_repo(str(where), private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message=commit_message)
+        api.upload_folder(
+            repo_id=repository.repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            delete_patterns=list(_REPLACED),  # but what the folder has
+        )
         return str(repository)
 
 

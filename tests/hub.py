@@ -121,6 +121,8 @@ class Hub:
                 if hashlib.sha256(content).hexdigest() != value["oid"] or len(content) != value["size"]:
                     raise ValueError(f"{value['path']} is not what was uploaded")
                 self.files[repository][value["path"]] = content
+            elif entry["key"] == "deletedFile":
+                del self.files[repository][value["path"]]
         return {"success": True, "commitOid": COMMIT, "commitUrl": f"{self.url}/{repository}/commit/{COMMIT}"}
 
     def __enter__(self) -> Hub:

@@ -314,6 +314,55 @@ def test_the_hub(folders, tmp_path) -> None:
     assert json.loads(hub.files["me/plain-adapter"]["adapter_config.json"])["base_model_name_or_path"] == "me/plain"
 
 
+REPLACED = """
+    import sys
+    sys.path[:0] = sys.argv[1:3]
+    import functools, nemotron_h, torch
+    from families import small_model, tokens
+    from test_publish import AutoModelForCausalLM, BASE, WORD_PROBLEMS, adapted
+
+    def difference(name, model, ids):
+        with torch.no_grad():
+            return (AutoModelForCausalLM.from_pretrained(name)(ids).logits - model(ids).logits).abs().max().item()
+
+    nemotron_h.publish(adapted(), "me/x", base_model=BASE)
+    merged = adapted().merge_and_unload()
+    nemotron_h.publish(merged, "me/x", base_model=BASE)
+    print(difference("me/x", merged, torch.arange(5, 25)[None]))
+    nemotron_h.publish(merged, "me/z", base_model=BASE)
+    nemotron_h.publish(adapted(), "me/z", base_model=BASE)
+    one, sharded = (small_model("dense", torch.float32, seed=seed) for seed in (0, 1))
+    nemotron_h.publish(one, "me/y")
+    sharded.save_pretrained = functools.partial(sharded.save_pretrained, max_shard_size="50KB")
+    nemotron_h.publish(sharded, "me/y")
+    print(difference("me/y", sharded, tokens(1, 9)))
+"""
+
+
+@pytest.mark.core
+def test_an_upload_over_another_one(tmp_path) -> None:
+    """A repository holds what was published last alone: readers prefer an adapter, or a single file, that is left."""
+    with Hub() as hub:
+        for name in "xy":
+            hub.files[f"me/{name}"] = {"notes.md": b"mine", "onnx/model.safetensors": b"mine"}
+        output = run(
+            REPLACED,
+            Path(nemotron_h.__file__).parents[1],
+            Path(__file__).parent,
+            HF_ENDPOINT=hub.url,
+            HF_HOME=str(tmp_path / "home"),
+            HF_TOKEN="hf_none",
+            HF_HUB_DISABLE_XET="1",
+        ).splitlines()
+    assert output == ["0.0", "0.0"]
+    whole, mine = {"README.md", "config.json", "generation_config.json"}, {"notes.md", "onnx/model.safetensors"}
+    assert set(hub.files["me/x"]) == whole | mine | {"model.safetensors"}
+    shards = {name for name in hub.files["me/y"] if name.startswith("model-0")}
+    assert len(shards) > 1 and set(hub.files["me/y"]) == whole | mine | shards | {"model.safetensors.index.json"}
+    adapter = {"README.md", "generation_config.json", "adapter_config.json", "adapter_model.safetensors"}
+    assert set(hub.files["me/z"]) == adapter
+
+
 def test_an_adapter_of_another_name(tmp_path) -> None:
     nemotron_h.publish(adapted("sums"), tmp_path / "sums", base_model=BASE)
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in (tmp_path / "sums").iterdir()}
