@@ -178,10 +178,16 @@ class MambaLayer(LinearAttentionCacheLayerMixin):
         self._record = None
 
     def check_crop(self, tokens_to_remove: int) -> None:
-        """Raises `RuntimeError` where `crop` could not take so many tokens back."""
+        """Raises `RuntimeError` where `crop` could not take so many tokens back, `ValueError` for a positive number."""
         number = abs(tokens_to_remove)
-        if number == 0 or number <= self.recorded:
+        _check_sign(tokens_to_remove)
+        if number <= self.recorded and (number == 0 or self._record is None or self._record.can_replay):
             return
+        if number <= self.recorded:
+            raise RuntimeError(
+                f"crop({tokens_to_remove}) asks a Mamba layer to make its state again, and the model that made it is "
+                "gone: keep the model as long as its cache."
+            )
         if not self.record_past:
             raise RuntimeError(
                 f"crop({tokens_to_remove}) asks a Mamba layer to forget tokens, and it has recorded none: call "
@@ -233,6 +239,11 @@ class MambaLayer(LinearAttentionCacheLayerMixin):
         self._map_rows(lambda tensor: tensor[indices.to(tensor.device)])
 
 
+def _check_sign(tokens_to_remove: int) -> None:
+    if tokens_to_remove > 0:
+        raise ValueError(f"crop({tokens_to_remove}): pass the tokens to forget as a negative number.")
+
+
 ROLLBACK = 64
 """Tokens that a Mamba layer can take back while it records, where they came in one step."""
 
@@ -253,6 +264,10 @@ class _Record:
     @property
     def length(self) -> int:
         return 0 if self.inputs_BLK is None else self.inputs_BLK.shape[1]
+
+    @property
+    def can_replay(self) -> bool:
+        return self._mixer is not None and self._mixer() is not None
 
     @property
     def nbytes(self) -> int:
@@ -454,6 +469,13 @@ class EmptyLayer(DummyLayer):  # type: ignore[misc, valid-type]
         return -1
 
 
+_SIZES = (
+    *("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel"),
+    *("num_key_value_heads", "head_dim"),
+)
+"""What the shapes in a cache depend on."""
+
+
 class NemotronHCache(Cache):
     """Cache of a Nemotron-H model; `generate()` and the model make one themselves.
 
@@ -498,6 +520,14 @@ class NemotronHCache(Cache):
                     f"The cache was made for the {len(cache.kinds)} layers of another pattern: pass "
                     "NemotronHCache(model.config)."
                 )
+            if cache.config is not config:
+                for name in _SIZES:
+                    if getattr(cache.config, name) != getattr(config, name):
+                        raise ValueError(
+                            f"The cache was made for a model with {name}={getattr(cache.config, name)}, and this one "
+                            f"has {getattr(config, name)}: pass NemotronHCache(model.config)."
+                        )
+                cache.config = config
             return cache
         if not isinstance(cache, Cache):
             raise ValueError(
@@ -543,7 +573,8 @@ class NemotronHCache(Cache):
         return int(self.get_seq_length()) + query_length, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; refused, with nothing changed, where a Mamba layer would have to."""
+        """Forget the last `-tokens_to_remove` tokens; refused, with nothing changed, where a Mamba layer cannot."""
+        _check_sign(tokens_to_remove)
         for layer in self.layers:
             if isinstance(layer, MambaLayer):
                 layer.check_crop(tokens_to_remove)
@@ -651,7 +682,7 @@ class NemotronHCache(Cache):
         return -1
 
     def nbytes(self) -> int:
-        """Bytes that the cached tensors occupy, recorded ones included."""
+        """Bytes of the cached tensors, recorded ones included; not the room that keys and values have still to grow."""
         from .kv_quantization import nbytes as quantised_nbytes
 
         total = 0

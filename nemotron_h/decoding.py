@@ -134,7 +134,7 @@ def _point_at(struct: native.Block, kind: int, layer: Any, x_BLD: Tensor) -> boo
     if kind == native.MAMBA:
         if type(layer) is not MambaLayer:
             return False
-        window, state = layer.window_BCW, layer.state_BHPN
+        window, state, sizes = layer.window_BCW, layer.state_BHPN, struct.mamba
         if (
             window is None
             or state is None
@@ -144,6 +144,8 @@ def _point_at(struct: native.Block, kind: int, layer: Any, x_BLD: Tensor) -> boo
             or window.requires_grad
             or state.requires_grad
             or not (window.is_cpu and state.is_cpu and window.is_contiguous() and state.is_contiguous())
+            or window.numel() != window.shape[0] * sizes.width * (struct.first.N - struct.last.K - sizes.heads)
+            or state.shape[1:] != (sizes.heads, sizes.head_dim, sizes.state)
         ):
             return False
         struct.window, struct.state = window.data_ptr(), state.data_ptr()
@@ -152,7 +154,9 @@ def _point_at(struct: native.Block, kind: int, layer: Any, x_BLD: Tensor) -> boo
     if column is None:
         return False
     keys, values, position = column
-    if keys.dtype != x_BLD.dtype or not keys.is_cpu or keys.shape[0] != x_BLD.shape[0]:
+    if keys.dtype != x_BLD.dtype or not keys.is_cpu or keys.shape[:2] != (x_BLD.shape[0], struct.key_heads):
+        return False
+    if not keys.shape[3] == values.shape[3] == struct.head_dim:
         return False
     struct.keys, struct.values, struct.length = keys.data_ptr(), values.data_ptr(), position + x_BLD.shape[1]
     struct.k_row, struct.k_head = keys.stride(0), keys.stride(1)
@@ -201,7 +205,7 @@ class _Parts:
         struct, conv = self.struct, self._part(mixer, "conv1d", NemotronHConv1d)
         struct.kind = native.MAMBA
         struct.first, struct.last = self._linear(mixer, "in_proj"), self._linear(mixer, "out_proj")
-        _require(conv.activation in ("silu", "swish"))
+        _require(conv.activation in ("silu", "swish") and conv.weight.shape[-1] <= native.MOST_TAPS)
         struct.conv_weight = self._tensor(conv)
         struct.conv_bias = 0 if conv.bias is None else self._tensor(conv, "bias")
         struct.gated_norm = self._tensor(self._part(mixer, "norm", NemotronHRMSNormGated))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter
 
@@ -289,3 +290,42 @@ def test_keys_that_a_copy_still_sees_are_not_written_over(runs):
         b = [model(token, cache=fork).logits for token in ids[1:, 20:].split(1, dim=1)]
     assert torch.equal(torch.cat(a, 1), decoded(model, ids[:1])[0][:, 20:])
     assert torch.equal(torch.cat(b, 1), decoded(model, torch.cat([ids[:1, :20], ids[1:, 20:]], 1))[0][:, 20:])
+
+
+def test_a_long_convolution(runs):
+    """native.c has room for so many taps; more are left to the calls."""
+    for kernel in (native.MOST_TAPS, native.MOST_TAPS + 1, 12):
+        runs.clear()
+        model, ids = model_of(conv_kernel=kernel), tokens(1, 24)
+        with torch.no_grad():
+            expected = model(ids, use_cache=False).logits
+        logits, _ = decoded(model, ids)
+        assert bool(runs[7]) == (kernel <= native.MOST_TAPS)
+        torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_time_step_that_is_not_a_number_stays_one(runs):
+    model = model_of()
+    cache = NemotronHCache(model.config)
+    model(tokens(1, 8), cache=cache)
+    model(tokens(1, 1), cache=cache)  # the keys have to grow
+    model.model.layers[0].mixer.dt_bias.data[0] = torch.nan
+    assert model(tokens(1, 1), cache=cache).logits.isnan().all() and runs == {7: 1}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, value", [("ssm_state_size", 32), ("mamba_head_dim", 4), ("num_key_value_heads", 1)])
+def test_a_cache_of_a_model_of_other_sizes(name, value, runs):
+    """Refused; and where its tensors are in a cache of the right config, nothing is read or written past their end."""
+    small, large = model_of(**{name: value}), model_of()
+    cache = NemotronHCache(small.config)
+    small(tokens(1, 8), cache=cache)
+    with pytest.raises(ValueError, match=f"for a model with {name}={value}, and this one has"):
+        large(tokens(1, 1), cache=cache)
+    small(tokens(1, 1), cache=cache)
+    runs.clear()
+    cache.config = large.config
+    with contextlib.suppress(RuntimeError):
+        large(tokens(1, 1), cache=cache)
+    assert not runs

@@ -4,6 +4,7 @@ rejected."""
 from __future__ import annotations
 
 import copy
+import gc
 import random as python_random
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from families import randomise, relative_difference, small_config, small_model, tokens
 
 from nemotron_h import NemotronHCache
-from nemotron_h.cache import ROLLBACK, MambaLayer
+from nemotron_h.cache import ROLLBACK, EmptyLayer, MambaLayer
 from nemotron_h.modeling import NemotronHMamba2Mixer
 
 FAMILIES = ["dense", "moe", "latent", "mamba"]
@@ -192,6 +193,28 @@ def test_back_to_the_beginning_and_on():
     again = OneLayer(mixer, MambaLayer(torch.float64))
     again.see(x[:, :7])
     assert difference(ours.layer, again.layer) <= 1e-12
+
+
+def test_a_positive_number_is_refused_with_nothing_changed():
+    model = small_model("dense")
+    cache = NemotronHCache(model.config)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(tokens(1, 10), cache=cache)
+    with pytest.raises(ValueError, match=r"crop\(3\): pass the tokens to forget as a negative number"):
+        cache.crop(3)
+    assert {int(layer.get_seq_length()) for layer in cache.layers if not isinstance(layer, EmptyLayer)} == {10}
+
+
+def test_without_the_model_nothing_is_taken_back():
+    mixer, layer = mixer_of(), MambaLayer(torch.float64)
+    layer.activate_past_recording()
+    OneLayer(mixer, layer).see(torch.randn(1, 5, small_config("mamba").hidden_size, dtype=torch.float64))
+    del mixer
+    gc.collect()
+    with pytest.raises(RuntimeError, match=r"crop\(-2\) .* the model that made it is gone"):
+        layer.crop(-2)
+    assert layer.recorded == 5
 
 
 def test_what_is_settled_stays():

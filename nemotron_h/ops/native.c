@@ -63,7 +63,7 @@ INLINE float total(v8f v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[
 #define TOGETHER 8 /* tokens whose sums have room in registers */
 typedef VECTOR(float, 64) wide;
 typedef VECTOR(int32_t, 64) wide_int;
-typedef VECTOR(uint32_t, 64) wide_bits;
+typedef uint32_t wide_bits __attribute__((vector_size(64), aligned(2), may_alias));
 INLINE float wide_total(wide v) {
     return total((v8f){v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]} + (v8f){v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15]});
 }
@@ -72,7 +72,7 @@ INLINE float wide_total(wide v) {
 #define TOGETHER 4
 typedef v8f wide;
 typedef v8i wide_int;
-typedef VECTOR(uint32_t, 32) wide_bits;
+typedef v8u wide_bits;
 INLINE float wide_total(wide v) { return total(v); }
 #endif
 INLINE v8f splat(float s) { return (v8f){s, s, s, s, s, s, s, s}; }
@@ -638,7 +638,7 @@ INLINE void mamba_group(int type, const MambaStep *m, int64_t b, int64_t g, floa
         const float A = -expf(m->A_log[h]);
         for (int64_t t = 0; t < T; t++) {
             const float raw = load(m->projected, type, first + t * row + inner + channels + h) + m->dt_bias[h];
-            dt[t] = fminf(fmaxf(raw > 20 ? raw : log1pf(expf(raw)), d.dt_min), d.dt_max);
+            dt[t] = raw != raw ? raw : fminf(fmaxf(raw > 20 ? raw : log1pf(expf(raw)), d.dt_min), d.dt_max); /* NaN stays */
             decay[t] = expf(dt[t] * A);
         }
         const int64_t from = (h - g * per_group) * d.head_dim;
@@ -696,6 +696,7 @@ INLINE void mamba_group(int type, const MambaStep *m, int64_t b, int64_t g, floa
 int nh_mamba_step(int type, Mamba d, int64_t batch, int64_t T, const void *projected, void *window, const void *conv_weight,
                   const void *conv_bias, const float *dt_bias, const float *A_log, const float *D, float *state,
                   const void *norm_weight, void *y) {
+    if (d.width > 7) return 1;
     const MambaStep m = {d, T, projected, window, conv_weight, conv_bias, dt_bias, A_log, D, state, norm_weight, y};
     const int64_t span = d.heads / d.groups * d.head_dim, widest = span > d.state ? span : d.state;
     const int64_t room = (T * (2 * span + 2 * d.state + 3) + (2 * d.width + 1) * widest + 15) / 16 * 16;
