@@ -21,11 +21,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_PATH = re.compile(r"(?:~|\.\.?)?/[^/]+/.+|[A-Za-z]:[\\/].+")
+_ABSOLUTE = re.compile(r"(?:~[/\\]|/[^/]+/|[A-Za-z]:[\\/]).+")
+_RELATIVE = re.compile(r"\.\.?[/\\].*")
 _IN_THE_CACHE = re.compile(r".*models--([\w.-]+?)--([\w.-]+)/snapshots/.*")
 _NOT_PUBLIC = ("is_local", "local_files_only", "_name_or_path", "name_or_path")
 """Keys that say where the files were on the machine that wrote them."""
+_LABELS = ("id2label", "label2id")
+"""Tables of a classifier's own words, which may look like anything."""
 _LICENSES_IN_WORDS = "other"
+_LICENSE_LINE = re.compile(
+    r"^(license(?:_name|_link)?):[ \t]*(['\"]?)([^\s'\"\[{|>][^'\"\r\n]*?)\2[ \t]*$", re.MULTILINE
+)
+# The end of a class's name -> the hub's tag, the Auto class, PEFT's task.
+_TASKS = {
+    "ForCausalLM": ("text-generation", "AutoModelForCausalLM", "CAUSAL_LM"),
+    "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification", "SEQ_CLS"),
+    "ForTokenClassification": ("token-classification", "AutoModelForTokenClassification", "TOKEN_CLS"),
+    "Model": ("feature-extraction", "AutoModel", "FEATURE_EXTRACTION"),
+}
 _REPLACED = (
     "config.json",
     "hf_quant_config.json",
@@ -66,13 +79,13 @@ def publish(
         base_model: hub id of the model that was trained; without it, what the model was loaded from, if that is one.
         data: what it was trained on: hub ids of data sets, or words.
         metrics: name -> value, for the card.
-        license: the hub's tag of the license; without it, the tag of the base model's card, if that is at hand.
+        license: the hub's tag of the license; without it, what the base model's card says, if that is at hand.
         private: whether a new repository is private; None: the owner's default.
         token: of the hub; None: the one that `hf auth login` keeps.
 
     Raises:
-        ValueError: another kind of model; an adapter of a base that has no hub id; a local path among what the card
-            would say; a folder that is not empty.
+        ValueError: another kind of model; an adapter of a base that has no hub id; a `base_model` that is none; a local
+            path among what the card would say; a folder that is not empty.
     """
     adapter = hasattr(model, "peft_config")
     inner = model.get_base_model() if adapter else model
@@ -82,13 +95,15 @@ def publish(
     source = _source(model, adapter)
     if base_model is None:
         base_model = hub_id(source)
+    elif hub_id(base_model) != base_model:
+        what = "is a path on this machine" if _is_path(base_model) else "is no hub id, which is written owner/name"
+        raise ValueError(f"base_model={base_model!r} {what}: write the hub id of the model that was trained.")
     if adapter and base_model is None:
         raise ValueError(
             f"The adapter's base model is {source!r}, which is on this machine alone: name its hub id with base_model=."
         )
     described = [data] if isinstance(data, str) else list(data or ())
     given: dict[str, list[Any]] = {
-        "base_model": [base_model],
         "data": described,
         "metrics": [*(metrics or {}).values()],
     }
@@ -96,6 +111,7 @@ def publish(
         for value in values:
             if isinstance(value, str) and _is_path(value):
                 raise ValueError(f"{name}={value!r} is a path on this machine: write a hub id, or say it in words.")
+    said = {"license": license} if license else _license(source)
     to_hub = isinstance(where, str) and _HUB_ID.fullmatch(where) is not None and not os.path.isdir(where)
     target = Path(where).expanduser()
     if not to_hub:
@@ -108,7 +124,9 @@ def publish(
         base_model=base_model,
         data=described,
         metrics=metrics or {},
-        license=license or _license(source),
+        license=said.get("license"),
+        license_name=said.get("license_name"),
+        license_link=said.get("license_link"),
     )
     if not to_hub:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -153,20 +171,43 @@ def _source(model: Any, adapter: bool) -> str | None:
     return getattr(model.config, "_name_or_path", None) or None
 
 
-def _license(source: str | None) -> str | None:
-    """The license that the card beside the source says."""
+def _license(source: str | None) -> dict[str, str]:
+    """What the card beside the source says of its license, a link to a file beside it made one to the hub's file."""
     card = Path(source or "", "README.md")
-    if source and card.is_file():
-        head = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), flags=re.DOTALL)
-        if head and (line := re.search(r"^license:\s*['\"]?([\w.+-]+)", head[1], flags=re.MULTILINE)):
-            return line[1]
-    return None
+    if not source or not card.is_file():
+        return {}
+    head = re.match(r"---\r?\n(.*?)\n---", card.read_text(encoding="utf-8"), flags=re.DOTALL)
+    said = {key: value for key, _, value in _LICENSE_LINE.findall(head[1] if head else "")}
+    if "license" not in said:
+        return {}
+    link, base = said.get("license_link"), hub_id(source)
+    if link and "://" not in link:
+        if base is None:  # of a file that is not published
+            del said["license_link"]
+        else:
+            said["license_link"] = f"https://huggingface.co/{base}/blob/main/{link.removeprefix('./')}"
+    return said
 
 
 def _is_path(value: str) -> bool:
-    return _PATH.fullmatch(value) is not None or (
-        ("/" in value or os.sep in value) and len(value) < 1024 and os.path.exists(os.path.expanduser(value))
-    )
+    """Of this machine, or written as one."""
+    if _ABSOLUTE.fullmatch(value) or _RELATIVE.fullmatch(value):
+        return True
+    path = os.path.expanduser(value)
+    return len(value) < 1024 and (os.path.exists(path) if "/" in value or os.sep in value else os.path.isfile(path))
+
+
+def _is_of_this_machine(value: Any) -> bool:
+    """Of a string in a config, which may be anything else: a relative one counts where it is there."""
+    if not isinstance(value, str):
+        return False
+    there = ("/" in value or os.sep in value) and len(value) < 1024 and os.path.exists(value)
+    return there or _ABSOLUTE.fullmatch(value) is not None
+
+
+def _task(inner: Any) -> tuple[str, str, str]:
+    """The hub's tag, the Auto class and PEFT's task of a model's class."""
+    return next((task for end, task in _TASKS.items() if type(inner).__name__.endswith(end)), _TASKS["ForCausalLM"])
 
 
 def _write(model: Any, inner: Any, folder: Path, tokenizer: Any, adapters_base: str | None) -> None:
@@ -191,7 +232,7 @@ def _write(model: Any, inner: Any, folder: Path, tokenizer: Any, adapters_base: 
         if file.name == "adapter_config.json":
             fields["base_model_name_or_path"] = adapters_base
             # AutoPeftModelForCausalLM imports the class from here where the task is not said; others may not have it.
-            fields["auto_mapping"], fields["task_type"] = None, fields.get("task_type") or "CAUSAL_LM"
+            fields["auto_mapping"], fields["task_type"] = None, fields.get("task_type") or _task(inner)[2]
         if file.name == "config.json":
             fields["use_cache"] = True  # trainers switch it off, and whoever generates would compute all again
         with whole(file) as temporary:
@@ -202,10 +243,13 @@ def _write(model: Any, inner: Any, folder: Path, tokenizer: Any, adapters_base: 
 def _public(value: Any) -> Any:
     """Without what says where something lies on this machine."""
     if isinstance(value, Mapping):
-        kept = {key: each for key, each in value.items() if key not in _NOT_PUBLIC}
-        return {key: _public(each) for key, each in kept.items() if not (isinstance(each, str) and _is_path(each))}
+        return {
+            key: each if key in _LABELS else _public(each)
+            for key, each in value.items()
+            if key not in _NOT_PUBLIC and not _is_of_this_machine(each)
+        }
     if isinstance(value, list):
-        return [_public(each) for each in value if not (isinstance(each, str) and _is_path(each))]
+        return [_public(each) for each in value if not _is_of_this_machine(each)]
     return value
 
 
@@ -218,13 +262,19 @@ def model_card(
     data: Sequence[str] = (),
     metrics: Mapping[str, float | str] | None = None,
     license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
 ) -> str:
     """The README.md of a model that is published as `name`, with the tags that the hub reads at its top."""
     adapter = hasattr(model, "peft_config")
+    inner = model.get_base_model() if adapter else model
+    task, _, _ = _task(inner)
     head: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": task,
         "license": license or _LICENSES_IN_WORDS,
+        "license_name": license_name,
+        "license_link": license_link,
         "base_model": base_model,
         "base_model_relation": None if base_model is None else ("adapter" if adapter else "finetune"),
         "datasets": [each for each in data if _HUB_ID.fullmatch(each)],
@@ -234,11 +284,13 @@ def model_card(
     if metrics:
         rows = "".join(f"| {key} | {_number(value)} |\n" for key, value in metrics.items())
         parts.append(f"## Measured\n\n| | |\n|---|---|\n{rows}")
-    parts.append(_how_to_load(name, adapter, base_model))
-    if tokenizer is not None:
+    parts.append(_how_to_load(inner, name, adapter, base_model))
+    if tokenizer is not None and task == "text-generation":
         parts.append(_chat_format(tokenizer))
-    if license is None:
+    if license in (None, _LICENSES_IN_WORDS):
         of = f"That of [{base_model}](https://huggingface.co/{base_model})" if base_model else "Not said"
+        if license_name or license_link:
+            of = f"[{license_name or license_link}]({license_link})" if license_link else str(license_name)
         parts.append(f"## License\n\n{of}.\n")
     return "\n".join(parts)
 
@@ -275,25 +327,52 @@ def _what(model: Any, adapter: bool, base_model: str | None, data: Sequence[str]
     return text + "\n"
 
 
-def _how_to_load(name: str, adapter: bool, base_model: str | None) -> str:
+def _how_to_load(inner: Any, name: str, adapter: bool, base_model: str | None) -> str:
+    task, auto, _ = _task(inner)
     tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+    imports = f"from transformers import {auto}, AutoTokenizer\n"
     if adapter:
-        imports = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        imports = f"from peft import PeftModel\n{imports}"
+        labels = f", num_labels={inner.config.num_labels}" if task.endswith("classification") else ""
         load = (
-            f'model = AutoModelForCausalLM.from_pretrained("{base_model}", dtype="auto")\n'
+            f'model = {auto}.from_pretrained("{base_model}"{labels}, dtype="auto")\n'
             f'model = PeftModel.from_pretrained(model, "{name}")\n'
         )
     else:
-        imports = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        load = f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")\n'
-    return (
+        load = f'model = {auto}.from_pretrained("{name}", dtype="auto")\n'
+    text = (
         "## How to load\n\n"
         "With the package `nemotron-h`:\n\n"
         f"```python\nimport nemotron_h  # registers its classes with transformers\n{imports}\n{load}{tokenizer}```\n\n"
+    )
+    if method := _own_quantisation(inner, adapter):
+        whose = "The base model's weights" if adapter else "The weights"
+        return text + (
+            f'{whose} are quantised (`quant_method` "{method}"), which the class of this family in `transformers` does '
+            "not know: it would read them without their scales. The package is needed.\n"
+        )
+    if task.endswith("classification"):
+        return text + "The package is needed: `transformers` has no class of this family with this head.\n"
+    return text + (
         "Without it, leave the first line out: the class of this family in `transformers` (5.20 or newer) reads the "
         "same files. Up to 5.24 at least, that class keeps the time steps of Mamba layers above 0.001 while it reads a "
         "prompt, which the model was not trained with, so that its numbers differ a little.\n"
     )
+
+
+def _own_quantisation(inner: Any, adapter: bool) -> str | None:
+    """The method of weights that are published packed as this package alone reads them; of an adapter, of its base's.
+
+    A base that was quantised while it was loaded is plain where others have it.
+    """
+    from .checkpoints.modelopt import QUANT_METHOD as MODELOPT
+    from .quantization import QUANT_METHOD
+
+    stored = getattr(inner.config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, Mapping) else getattr(stored, "quant_method", None)
+    if method not in (QUANT_METHOD, MODELOPT) or (adapter and not inner.hf_quantizer.pre_quantized):
+        return None
+    return str(method)
 
 
 def _chat_format(tokenizer: Any) -> str:

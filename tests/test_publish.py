@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from families import without_old_names_before_5_20
+from families import small_config, small_model, without_old_names_before_5_20
 from hub import Hub
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -202,6 +202,93 @@ def test_card(folders, tokenizer) -> None:
     assert "license" in bare and "That of [nvidia/y]" in bare and "Chat format" not in bare
 
 
+def published_card(model, folder, **about) -> tuple[dict, str]:
+    """The tags and the text of the card that a model is published with."""
+    nemotron_h.publish(model, folder, **about)
+    _, head, body = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(head), body
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_card_of_packed_weights(bits, tmp_path) -> None:
+    """The library's own class would read them without their scales, and say nothing."""
+    small_model("dense", torch.float32).save_pretrained(tmp_path / "plain")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantize=bits)
+    _, body = published_card(model, tmp_path / "packed")
+    assert "`nemotron_h_weight_only`" in body.replace('"', "`") and "The package is needed" in body
+    assert "reads the same files" not in body
+    config = peft.LoraConfig(target_modules=["in_proj"], r=2)
+    # what was packed while it was loaded is plain at the hub, and what was packed before is not
+    _, body = published_card(peft.get_peft_model(model, config), tmp_path / "of-plain", base_model=BASE)
+    assert "reads the same files" in body
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    _, body = published_card(peft.get_peft_model(model, config), tmp_path / "of-packed", base_model=BASE)
+    assert "The base model's weights are quantised" in body and "reads the same files" not in body
+
+
+def test_card_of_packed_fp8(tmp_path) -> None:
+    model = small_model("dense", torch.float32)
+    model.config.quantization_config = {"quant_method": "modelopt", "quant_algo": "FP8"}
+    body = model_card(model, "me/x")
+    assert '(`quant_method` "modelopt")' in body and "reads the same files" not in body
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("kind, task", [("Sequence", "SEQ_CLS"), ("Token", "TOKEN_CLS")])
+def test_classifiers(kind, task, tokenizer, tmp_path, monkeypatch) -> None:
+    """The card's code gives back the model, its head included, and the adapter's config says the task."""
+    name = f"For{kind}Classification"
+    small_model("dense", torch.float32).save_pretrained(tmp_path / "base")
+    model = getattr(nemotron_h, f"NemotronH{name}").from_pretrained(tmp_path / "base", num_labels=3).eval()
+    tags, body = published_card(model, tmp_path / "whole", tokenizer=tokenizer)
+    assert tags["pipeline_tag"] == f"{kind.lower()}-classification".replace("sequence", "text")
+    assert "Chat format" not in body and "reads the same files" not in body and "package is needed" in body
+    config = peft.LoraConfig(target_modules=["in_proj"], r=2, init_lora_weights=False)
+    lora = peft.get_peft_model(getattr(nemotron_h, type(model).__name__)(model.config), config).eval()
+    _, with_adapter = published_card(lora, tmp_path / "adapter", tokenizer=tokenizer, base_model=BASE)
+    assert f'AutoModel{name}.from_pretrained("{BASE}", num_labels=3, dtype="auto")' in with_adapter
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["task_type"] == task
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(body.split("```python\n")[1].split("```")[0], names)
+    row = torch.arange(5, 20)[None]
+    torch.testing.assert_close(logits(names["model"], row), logits(model, row), rtol=0, atol=0)
+
+
+def test_license_in_words(tmp_path) -> None:
+    """NVIDIA's models have the tag "other", with a name and a link that the hub shows in its place."""
+    model = small_model("dense", torch.float32)
+    model.save_pretrained(tmp_path / "base")
+    link = "https://example.com/license"
+    head = f"license: other\nlicense_name: nvidia-open-model-license\nlicense_link: >-\n  x\nlicense_link: '{link}'\n"
+    (tmp_path / "base" / "README.md").write_text(f"---\n{head}---\n# Base\n")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    tags, body = published_card(model, tmp_path / "a", base_model="nvidia/X")
+    assert (tags["license"], tags["license_name"], tags["license_link"]) == ("other", "nvidia-open-model-license", link)
+    assert f"## License\n\n[nvidia-open-model-license]({link})." in body
+    tags, body = published_card(model, tmp_path / "b", license="mit")
+    assert tags["license"] == "mit" and "license_name" not in tags and "## License" not in body
+    # a link to a file of the base's repository
+    snapshot = tmp_path / "models--nvidia--X" / "snapshots" / "0"
+    shutil.copytree(tmp_path / "base", snapshot)
+    (snapshot / "README.md").write_text("---\nlicense: other\nlicense_link: LICENSE\n---\n")
+    model = AutoModelForCausalLM.from_pretrained(snapshot)
+    assert published_card(model, tmp_path / "c")[0]["license_link"] == (
+        "https://huggingface.co/nvidia/X/blob/main/LICENSE"
+    )
+
+
+def test_configs_keep_what_only_looks_like_a_path(tmp_path) -> None:
+    config = small_config("dense", num_labels=2)
+    config.id2label, config.label2id = {0: "./x/y", 1: "/a/b/c"}, {"./x/y": 0, "/a/b/c": 1}
+    config.note, config.seen_at = "./neither/here", str(tmp_path / "train")
+    nemotron_h.publish(nemotron_h.NemotronHForSequenceClassification(config), tmp_path / "a")
+    written = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert written["id2label"] == {"0": "./x/y", "1": "/a/b/c"} and written["label2id"] == {"./x/y": 0, "/a/b/c": 1}
+    assert written["note"] == "./neither/here" and "seen_at" not in written
+
+
 @pytest.mark.parametrize("name", ["full", "adapter"])
 def test_the_cards_code_runs(folders, name, ids, monkeypatch) -> None:
     """With the names that it has: the working directory is where it was published, and the base is at hand."""
@@ -377,18 +464,29 @@ def test_the_base_model_where_it_is_not_said(tmp_path) -> None:
     assert "base_model" not in (tmp_path / "a" / "README.md").read_text()
 
 
-def test_refusals(tmp_path) -> None:
+def test_refusals(tmp_path, monkeypatch) -> None:
     model = AutoModelForCausalLM.from_pretrained(WORD_PROBLEMS)
     with pytest.raises(ValueError, match="name its hub id with base_model="):
         nemotron_h.publish(adapted(), tmp_path / "a")
     for given in (
         {"base_model": str(tmp_path)},
+        {"base_model": "~/model"},
+        {"base_model": "../model"},
         {"data": "/data/mine/train.jsonl"},
+        {"data": "./train.jsonl"},
         {"metrics": {"log": str(tmp_path)}},
     ):
         with pytest.raises(ValueError, match=f"{next(iter(given))}='.*is a path on this machine"):
             nemotron_h.publish(model, tmp_path / "a", **given)
+    with pytest.raises(ValueError, match="base_model='nano' is no hub id, which is written owner/name"):
+        nemotron_h.publish(model, tmp_path / "a", base_model="nano")
     assert not list(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nvidia" / "nano").mkdir(parents=True)
+    (tmp_path / "mine.jsonl").touch()
+    for given in ({"base_model": "nvidia/nano"}, {"data": "mine.jsonl"}):
+        with pytest.raises(ValueError, match="is a path on this machine"):
+            nemotron_h.publish(model, tmp_path / "a", **given)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "x").touch()
     with pytest.raises(ValueError, match="is there already"):
