@@ -33,7 +33,7 @@ _LICENSE_LINE = re.compile(
     r"^(license(?:_name|_link)?):[ \t]*(['\"]?)([^\s'\"\[{|>][^'\"\r\n]*?)\2[ \t]*$", re.MULTILINE
 )
 # The end of a class's name -> the hub's tag, the Auto class, PEFT's task.
-_TASKS = {
+TASKS = {
     "ForCausalLM": ("text-generation", "AutoModelForCausalLM", "CAUSAL_LM"),
     "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification", "SEQ_CLS"),
     "ForTokenClassification": ("token-classification", "AutoModelForTokenClassification", "TOKEN_CLS"),
@@ -207,7 +207,7 @@ def _is_of_this_machine(value: Any) -> bool:
 
 def _task(inner: Any) -> tuple[str, str, str]:
     """The hub's tag, the Auto class and PEFT's task of a model's class."""
-    return next((task for end, task in _TASKS.items() if type(inner).__name__.endswith(end)), _TASKS["ForCausalLM"])
+    return next((task for end, task in TASKS.items() if type(inner).__name__.endswith(end)), TASKS["ForCausalLM"])
 
 
 def _write(model: Any, inner: Any, folder: Path, tokenizer: Any, adapters_base: str | None) -> None:

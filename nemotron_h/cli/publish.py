@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from .arguments import JsonOption
+from .arguments import JsonOption, hub_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,20 +53,28 @@ def run(
         raise ValueError(f"{source} has no config.json and no adapter_config.json; name what save_pretrained wrote.")
     if merge and not adapter:
         raise ValueError(f"{source} is a whole model, so there is nothing to --merge; leave it out.")
+    if not to_folder and Path(where).exists():
+        raise ValueError(
+            f"{where!r} is here already, so it is not taken for a hub id; run this in another folder, or name a folder "
+            "that is not there and add --to-folder."
+        )
     if not to_folder and hub_id(where) is None:
         raise ValueError(f"{where!r} is no hub id, which is written OWNER/NAME; for a folder add --to-folder.")
     metrics = dict(map(_metric, metric or ()))
-    base = _base(source) if adapter else None
+    base = _base(source, base_model) if adapter else None
     if adapter and not merge and (base_model or hub_id(base)) is None:
         raise ValueError(
             f"The adapter's base model is {base!r}, which is on this machine alone: name its hub id with --base-model."
         )
+    local = base is None or base != base_model  # the network is asked for what was typed alone
+    with hub_named(base or str(source), local):
+        model, tokenizer = _load(source, base, merge, local), _tokenizer(source, base, local)
     if base is not None and base_model is None:
         base_model = hub_id(base)
     written = publish(
-        _load(source, base, merge),
+        model,
         Path(where) if to_folder else where,
-        tokenizer=_tokenizer(source, base),
+        tokenizer=tokenizer,
         base_model=base_model,
         data=data,
         metrics=metrics,
@@ -87,39 +95,86 @@ def _metric(text: str) -> tuple[str, float | str]:
     return name, value
 
 
-def _base(source: Path) -> str:
-    base = json.loads((source / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"{source / 'adapter_config.json'} does not say its base_model_name_or_path; write it there.")
+def _base(source: Path, given: str | None) -> str:
+    """The folder that the adapter's config names, if it is there; else the hub id that was typed, or the config's."""
+    base = _json(source / "adapter_config.json").get("base_model_name_or_path")
+    if not base and given is None:
+        raise ValueError(
+            f"{source / 'adapter_config.json'} does not say its base_model_name_or_path; write it there, or name the "
+            "base model's hub id with --base-model."
+        )
+    if base and Path(base).is_dir():
+        return base
+    if given is not None:
+        return given
+    from ..publishing import hub_id
+
+    if base is None or hub_id(base) != base or not _in_the_cache(base):
+        raise ValueError(
+            f"The adapter's base model is {base!r}, which is not on this machine: name its hub id with --base-model."
+        )
     return base
 
 
-def _load(source: Path, base: str | None, merge: bool) -> Any:
-    from transformers import AutoModelForCausalLM
+def _in_the_cache(name: str) -> bool:
+    from transformers.utils import cached_file
+
+    try:
+        return cached_file(name, "config.json", local_files_only=True) is not None
+    except OSError:
+        return False
+
+
+def _load(source: Path, base: str | None, merge: bool, local: bool) -> Any:
+    import transformers
     from transformers.utils import logging
 
     import nemotron_h  # noqa: F401 - registers the family
 
+    from ..publishing import TASKS
+
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(base or source, dtype="auto")
     if base is None:
-        return model
+        name = (_json(source / "config.json").get("architectures") or [""])[0]
+        found = (auto for end, (_, auto, _) in TASKS.items() if name.endswith(end))
+        return getattr(transformers, next(found, "AutoModelForCausalLM")).from_pretrained(source, dtype="auto")
     try:
         from peft import PeftModel
     except ImportError:
         raise ImportError(f"{source} is an adapter, which PEFT reads: pip install peft.") from None
+    task = _json(source / "adapter_config.json").get("task_type")
+    found = (auto for _, auto, its in TASKS.values() if its == task)
+    options: dict[str, Any] = {"dtype": "auto", "local_files_only": local}
+    if (labels := _labels(source)) is not None:
+        options["num_labels"] = labels
+    model = getattr(transformers, next(found, "AutoModelForCausalLM")).from_pretrained(base, **options)
     model = PeftModel.from_pretrained(model, str(source))
     return model.merge_and_unload() if merge else model
 
 
-def _tokenizer(source: Path, base: str | None) -> PreTrainedTokenizerBase | None:
+def _json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _labels(source: Path) -> int | None:
+    """How many labels an adapter's head has, which is saved whole; None where it has no head."""
+    from safetensors import safe_open
+
+    if not (file := source / "adapter_model.safetensors").is_file():
+        return None
+    with safe_open(file, framework="pt") as tensors:
+        heads = [name for name in tensors.keys() if name.endswith(".score.weight")]
+        return tensors.get_slice(heads[0]).get_shape()[0] if heads else None
+
+
+def _tokenizer(source: Path, base: str | None, local: bool) -> PreTrainedTokenizerBase | None:
     """That of the folder, else of the adapter's base; what has none is published without."""
     from transformers import AutoTokenizer
 
     if (source / "tokenizer_config.json").is_file():
         return AutoTokenizer.from_pretrained(source)
     if base is not None and (not Path(base).is_dir() or (Path(base) / "tokenizer_config.json").is_file()):
-        return AutoTokenizer.from_pretrained(base)
+        return AutoTokenizer.from_pretrained(base, local_files_only=local)
     return None

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from nemotron_h import publishing
+from nemotron_h import NemotronHForSequenceClassification, publishing
 
 TENSORS = "model.safetensors"
 
@@ -76,6 +76,45 @@ def test_an_adapter_and_the_two_merged(cli_json, chat_model, adapter, tmp_path) 
     assert changed == 1 == len(stored) // 2
 
 
+@pytest.mark.core
+def test_a_classifier_and_an_adapter_of_one(cli_json, chat_model, tmp_path) -> None:
+    peft = pytest.importorskip("peft")
+    model = NemotronHForSequenceClassification.from_pretrained(chat_model, num_labels=3)
+    model.save_pretrained(tmp_path / "whole")
+    assert cli_json("publish", str(tmp_path / "whole"), str(tmp_path / "a"), "--to-folder")["kind"] == "model"
+    assert 'pipeline_tag: "text-classification"' in card(tmp_path / "a")
+    before, after = load_file(tmp_path / "whole" / TENSORS), load_file(tmp_path / "a" / TENSORS)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    lora = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["in_proj"], r=2))
+    lora.save_pretrained(str(tmp_path / "lora"))
+    cli_json("publish", str(tmp_path / "lora"), str(tmp_path / "b"), "--to-folder", "--base-model", "me/base")
+    assert 'AutoModelForSequenceClassification.from_pretrained("me/base", num_labels=3' in card(tmp_path / "b")
+    stored, written = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("lora", "b"))
+    assert stored.keys() == written.keys() and all(torch.equal(stored[name], written[name]) for name in stored)
+
+
+def test_an_adapter_whose_base_is_elsewhere(refused, cli, chat_model, adapter, tmp_path, monkeypatch) -> None:
+    """What its config names is looked for here alone; the network is asked for what was typed."""
+    asked = []
+
+    def from_pretrained(name, **options):
+        asked.append((name, options["local_files_only"]))
+        raise OSError("no such repository")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    moved = Path(shutil.copytree(adapter, tmp_path / "moved"))
+    config = json.loads((moved / "adapter_config.json").read_text())
+    for base in ("trained/base", "/data/base", None):
+        (moved / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+        said = refused("publish", str(moved), str(tmp_path / "a"), "--to-folder")
+        wanted = f"{base!r}, which is not on this machine: name its hub id" if base else "does not say its base_model"
+        assert wanted in said and "with --base-model" in said and not asked
+        said = refused("publish", str(moved), str(tmp_path / "a"), "--to-folder", "--base-model", "me/base")
+        assert "me/base is no folder here and could not be had from the hub (no such repository)" in said
+        assert asked == [("me/base", False)]
+        asked.clear()
+
+
 def test_to_the_hub(cli, chat_model, monkeypatch) -> None:
     """What tests/test_publish.py proves of `publish()` is called with what was typed."""
     seen = {}
@@ -99,6 +138,10 @@ def test_refusals(refused, chat_model, adapter, tmp_path, monkeypatch) -> None:
     assert "nothing to --merge" in refused("publish", chat_model, "me/x", "--merge")
     assert f"'{there}' is no hub id, which is written OWNER/NAME" in refused("publish", chat_model, there)
     assert "no value in --metric 0.5; write NAME=VALUE" in refused("publish", chat_model, "me/x", "--metric", "0.5")
+    with monkeypatch.context() as inside:
+        inside.chdir(Path(chat_model).parent)
+        said = refused("publish", chat_model, Path(chat_model).name)
+        assert f"'{Path(chat_model).name}' is here already, so it is not taken for a hub id" in said
     said = refused("publish", str(adapter), "me/x")
     assert repr(chat_model) in said and "name its hub id with --base-model" in said
     said = refused("publish", chat_model, there, "--to-folder", "--data", str(tmp_path))
