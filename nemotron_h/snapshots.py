@@ -131,8 +131,8 @@ def put(cache: NemotronHCache, snapshot: Snapshot) -> None:
     be taken back.
 
     Raises:
-        ValueError: another pattern, too many tokens for a static cache, other rows or sizes than its buffers have,
-            or another dtype of the SSM state.
+        ValueError: another pattern, other sizes than the cache's config has, too many tokens for a static cache, other
+            rows than its buffers have, or another dtype of the SSM state.
     """
     _check_fits(cache, snapshot)
     for layer, pair in zip(cache.layers, snapshot.layers, strict=True):
@@ -153,6 +153,8 @@ def _check_fits(cache: NemotronHCache, snapshot: Snapshot) -> None:
             f"The snapshot is of a model with the pattern {_pattern(snapshot.kinds)} and the cache is of one with "
             f"{_pattern(cache.kinds)}: restore it into a cache of its own model."
         )
+    if wrong := _misfit(snapshot, cache.config):
+        raise ValueError(f"The snapshot's {wrong} in the cache's config: restore it into a cache of its own model.")
     for index, (layer, pair) in enumerate(zip(cache.layers, snapshot.layers, strict=True)):
         if not isinstance(layer, MambaLayer):
             _check_kind(layer)
@@ -186,6 +188,19 @@ def _check_fits(cache: NemotronHCache, snapshot: Snapshot) -> None:
                     f"Layer {index} of the snapshot is {_short(theirs.dtype)} {tuple(theirs.shape)} and the static "
                     f"cache's buffers take {_short(ours.dtype)} {tuple(shape)}: restore it into a new cache."
                 )
+
+
+def _misfit(snapshot: Snapshot, config: NemotronHConfig) -> str:
+    """The first tensor that is not what the config says, or "": whatever reads a state takes its sizes from there."""
+    heads, width, state = config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size
+    window = heads * width + 2 * config.n_groups * state, config.conv_kernel - 1
+    keys = config.num_key_value_heads, snapshot.length, config.head_dim
+    sizes = {"mamba": (window, (heads, width, state)), "attention": (keys, keys)}
+    for index, (kind, pair) in enumerate(zip(snapshot.kinds, snapshot.layers, strict=True)):
+        for name, tensor, size in zip(_NAMES.get(kind, ()), pair or (), sizes.get(kind, ()), strict=False):
+            if tuple(tensor.shape) != (snapshot.batch_size, *size):
+                return f"{name} of layer {index} is {tuple(tensor.shape)} and would be {(snapshot.batch_size, *size)}"
+    return ""
 
 
 def _put_state(layer: MambaLayer, pair: Pair | None, length: int) -> None:
@@ -398,7 +413,10 @@ def read(path: str | Path, model: Any, *, token_ids: Any = None, digest: str = "
                 layers.append((pair[0], pair[1]))
     except SafetensorError as error:
         raise ValueError(f"{path} is cut or no saved cache ({_first(error)}): save the cache again.") from error
-    return Snapshot(kinds, length, tuple(layers))
+    snapshot = Snapshot(kinds, length, tuple(layers))
+    if wrong := _misfit(snapshot, config):
+        raise ValueError(f"{path} does not fit the config, as its {wrong}: save the cache again.")
+    return snapshot
 
 
 def saved_ids(path: str | Path) -> Tensor | None:

@@ -221,6 +221,34 @@ def test_a_snapshot_that_does_not_fit_changes_nothing():
     refused(filled(halves, ids), singles, "SSM states are float32 and the cache keeps bfloat16: set mamba_ssm_cache")
 
 
+OTHER_SIZES = [
+    {"ssm_state_size": 8},
+    {"mamba_head_dim": 16},
+    {"mamba_num_heads": 4},
+    {"n_groups": 3},
+    {"conv_kernel": 3},
+    {"num_key_value_heads": 4},
+    {"head_dim": 8},
+]
+
+
+@pytest.mark.parametrize("sizes", OTHER_SIZES, ids=str)
+def test_a_snapshot_of_other_sizes_changes_nothing(sizes, tmp_path):
+    """Kernels take their sizes from the config, and would read and write beyond what is there."""
+    model, other, ids = small_model("dense"), small_model("dense", **sizes), tokens(1, 12)
+    snapshot = filled(model, ids).snapshot()
+    for kind in ("growing", "static"):
+        for cache in (new_cache(other, kind), filled(other, ids[:, :5], kind)):
+            refused(cache, snapshot, r"of layer [03] is \(1, .*\) and would be \(1, .*: restore it into")
+    path = tmp_path / "state.safetensors"
+    filled(model, ids).save(path, model=model.config)
+    with safe_open(path, framework="pt") as file:
+        config = json.loads(file.metadata()["config"])
+    for whole_config in (json.dumps({**config, **sizes}), "{}"):  # a file that says what is not so, or nothing
+        rewritten(path, config=whole_config)
+        load_refused(path, other, r"does not fit the config, as its \w+ of layer [03] is \(1, ")
+
+
 @pytest.fixture
 def saved(tmp_path):
     """A model, the ids and the file of its state."""
