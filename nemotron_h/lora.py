@@ -44,6 +44,7 @@ _TASKS = {
 }
 # Options that PEFT cannot apply to a parameter, which is what the routed experts are.
 _NOT_FOR_EXPERTS = ("lora_dropout", "use_dora", "lora_bias")
+_INITS_FOR_EXPERTS = (True, False, "gaussian")
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 # Called by no forward: adapters on it would have no gradient.
@@ -95,6 +96,12 @@ def lora_config(
                 f"{name}={options[name]!r} cannot be had on routed experts, which kind={kind!r} adapts: leave it out, "
                 "or choose kind='mixers'."
             )
+    init = options.get("init_lora_weights", True)
+    if parameters and (init.lower() if isinstance(init, str) else init) not in _INITS_FOR_EXPERTS:
+        raise ValueError(
+            f"init_lora_weights={init!r} cannot be had on routed experts, which kind={kind!r} adapts: write one of "
+            f"{', '.join(map(repr, _INITS_FOR_EXPERTS))}, or choose kind='mixers'."
+        )
     task = next((task for end, task in _TASKS.items() if type(model).__name__.endswith(end)), "FEATURE_EXTRACTION")
     if _has_idle(model) and modules:
         options["exclude_modules"] = _exclude(options.get("exclude_modules"))
@@ -260,9 +267,9 @@ def _would_match(model: nn.Module, config: LoraConfig) -> Iterator[str]:
 
     config = _maybe_include_all_linear_layers(copy.copy(config), model)
     for name, module in model.named_modules():
-        if config.target_modules and name and check_target_module_exists(config, name) is True:
-            yield f"{name}.weight"
-        elif config.target_modules and name and _matches(check_target_module_exists(config, name)):
+        found = check_target_module_exists(config, name) if config.target_modules and name else False
+        # PEFT refuses a block of layers by its name alone, which has no weight of its own.
+        if (found is True or _matches(found)) and getattr(module, "weight", None) is not None:
             yield f"{name}.weight"
         for parameter, _ in module.named_parameters(recurse=False):
             if any(f".{name}.{parameter}".endswith(f".{target}") for target in config.target_parameters or ()):
@@ -277,11 +284,17 @@ def _matches(result: Any) -> bool:
 def _coverage(base: nn.Module, adapted: Iterable[str], config: LoraConfig, trained: int) -> LoraCoverage:
     adapted = list(adapted)
     sizes: dict[str, int] = {}
+    first: dict[int, str] = {}
+    same: dict[str, str] = {}  # a tied weight's other names -> the one that it is counted under
     kinds: dict[int, str] = {}
-    for name, parameter in base.named_parameters():
+    for name, parameter in base.named_parameters(remove_duplicate=False):
         if ".lora_" in name or ".modules_to_save." in name:
             continue
-        sizes[_plain_name(name).replace(".original_module", "")] = parameter.numel()
+        name = _plain_name(name).replace(".original_module", "")
+        if first.setdefault(id(parameter), name) == name:
+            sizes[name] = parameter.numel()
+        else:
+            same[name] = first[id(parameter)]
     for name, module in base.named_modules():
         if (kind := getattr(module, "block_type", None)) and not _IDLE.search(name):
             kinds[int(_LAYER.search(f"{name}.").group(1))] = kind  # type: ignore[union-attr]
@@ -300,7 +313,7 @@ def _coverage(base: nn.Module, adapted: Iterable[str], config: LoraConfig, train
             counts[int(layer.group(1))] += 1
     return LoraCoverage(
         layers=tuple((kinds[idx], count) for idx, count in counts.items()),
-        adapted_parameters=sum(sizes[name] for name in used),
+        adapted_parameters=sum(sizes[name] for name in {same.get(name, name) for name in used}),
         parameters=sum(size for name, size in sizes.items() if not _IDLE.search(name)),
         trained_parameters=trained,
         unmatched=tuple(_unmatched(config, adapted)),

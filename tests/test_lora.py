@@ -171,6 +171,43 @@ def test_names_that_match_nothing_are_said():
     assert lora_coverage(small_model("moe"), regex).unmatched == (r".*\.gate_proj",)
 
 
+def test_a_tied_head_is_counted_once():
+    model = small_model("tied", torch.float32)
+    parameters, head = sum(p.numel() for p in model.parameters()), model.lm_head.weight.numel()
+    config = peft.LoraConfig(target_modules=["lm_head"], r=2)
+    before = lora_coverage(model, config)
+    after = lora_coverage(peft.get_peft_model(model, config))
+    for coverage in (before, after):
+        assert (coverage.adapted_parameters, coverage.parameters) == (head, parameters)
+        assert coverage.adapted_layers == 0 and not coverage.unmatched
+    both = peft.LoraConfig(target_modules=["lm_head", "embeddings"], r=2)
+    assert lora_coverage(small_model("tied", torch.float32), both).adapted_parameters == head
+
+
+def test_a_module_without_a_weight_is_not_covered():
+    """PEFT refuses it by name, and what it would cover is none of its parts."""
+    model = small_model("dense", torch.float32)
+    config = peft.LoraConfig(target_modules=["mixer"])
+    coverage = lora_coverage(model, config)
+    assert coverage.unmatched == ("mixer",) and coverage.adapted_parameters == 0
+    with pytest.raises(ValueError, match="is not supported"):
+        peft.get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "orthogonal"])
+def test_beginnings_that_experts_cannot_have(init):
+    model = small_model("moe", torch.float32)
+    with pytest.raises(ValueError, match=rf"init_lora_weights='{init}' cannot be had on routed experts.*'gaussian'"):
+        lora_config(model, "experts", init_lora_weights=init)
+    peft.get_peft_model(model, lora_config(model, "mixers", r=2, report=False, init_lora_weights=init))
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "Gaussian"])
+def test_beginnings_that_experts_can_have(init):
+    model = small_model("moe", torch.float32)
+    peft.get_peft_model(model, lora_config(model, "experts", r=2, report=False, init_lora_weights=init))
+
+
 @pytest.mark.parametrize("family", ["dense", "latent"])
 def test_peft_s_own_all_linear_string(family):
     """Everything but what is a parameter: the routed experts."""
