@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .cache import NemotronHCache
-from .snapshots import Pair, Snapshot, essentials, header, put, read, saved_ids, take, weights_digest, write
+from .snapshots import Pair, Snapshot, essentials, header, known_digest, put, read, saved_ids, take, write
 
 logger = logging.get_logger(__name__)
 
@@ -265,7 +265,7 @@ class PromptCache:
 
 def owner_of(model: Any) -> str:
     """Whose a state is: a digest of the config and dtype, and one of the weights."""
-    return _owner(essentials(model.config), weights_digest(model), str(model.dtype).removeprefix("torch."))
+    return _owner(essentials(model.config), known_digest(model), str(model.dtype).removeprefix("torch."))
 
 
 def _owner(config: dict[str, Any], weights: str, dtype: str) -> str:

@@ -15,7 +15,7 @@ from families import relative_difference, small_model, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from nemotron_h import NemotronHCache
+from nemotron_h import NemotronHCache, snapshots
 
 FAMILIES = ["dense", "moe", "latent", "mamba", "attention"]
 pytestmark = pytest.mark.core
@@ -305,10 +305,50 @@ def test_files_of_another_model(saved):
 
 def test_files_of_another_version(saved):
     model, _ids, path = saved
-    rewritten(path, version="0")
-    load_refused(path, model, "of format version 0 and this package reads version 1: save the cache again")
-    rewritten(path, version="2")
-    load_refused(path, model, "of format version 2 and this package reads version 1: install a newer nemotron-h")
+    rewritten(path, version="1")
+    load_refused(path, model, "of format version 1 and this package reads version 2: save the cache again")
+    rewritten(path, version="3")
+    load_refused(path, model, "of format version 3 and this package reads version 2: install a newer nemotron-h")
+
+
+def test_the_digest_sees_every_number():
+    """Of a tensor of any size and dtype; and a step of training that only some rows of the embedding take part in."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for size in ((1,), (7,), (1025,), (3, 5), (40, 257), (3, 33, 65)):
+            weights = torch.nn.ParameterList([torch.randn(size).to(dtype)])
+            before, flat = {snapshots.weights_digest(weights)}, weights[0].data.view(-1)
+            places = range(0, len(flat), max(1, len(flat) // 29))
+            for place in places:
+                flat[place] = -flat[place]
+                before.add(snapshots.weights_digest(weights))
+            assert len(before) == 1 + len(places), (dtype, size)
+    for seed in range(3):
+        model = small_model("dense", torch.float32, vocab_size=1000)
+        embeddings = model.get_input_embeddings().weight
+        before = snapshots.weights_digest(model), snapshots.known_digest(model)
+        model(tokens(1, 9, seed=seed), labels=tokens(1, 9, seed=seed)).loss.backward()
+        torch.optim.SGD([embeddings], lr=1e-3).step()
+        after = snapshots.weights_digest(model), snapshots.known_digest(model)
+        assert before[0] == before[1] != after[0] == after[1]
+
+
+def test_a_known_digest_is_worked_out_once(monkeypatch):
+    model, worked_out, real = small_model("dense"), [], snapshots.weights_digest
+    monkeypatch.setattr(snapshots, "weights_digest", lambda model: worked_out.append(1) or real(model))
+    first = snapshots.known_digest(model)
+    assert snapshots.known_digest(model) == first == real(model) and len(worked_out) == 1
+    weight = model.get_input_embeddings().weight
+    with torch.no_grad():
+        weight[50, 3] += 1
+    assert snapshots.known_digest(model) == real(model) != first and len(worked_out) == 2
+    with torch.no_grad():
+        model.get_input_embeddings().weight = torch.nn.Parameter(weight.clone().index_fill_(0, torch.tensor([51]), 0))
+    assert snapshots.known_digest(model) == real(model) and len(worked_out) == 3
+    with torch.inference_mode():
+        made = small_model("dense")
+        before = snapshots.known_digest(made)
+        made.get_input_embeddings().weight[50, 3] += 1
+        assert snapshots.known_digest(made) == real(made) != before
 
 
 def test_files_of_another_text(saved):
@@ -329,7 +369,7 @@ def test_what_a_file_says_of_itself(saved):
     with safe_open(path, framework="pt") as file:
         found = file.metadata()
     assert found["pattern"] == "M-M*-M-" and found["dtype"] == "float64" and found["token_count"] == "20"
-    assert found["version"] == "1" and json.loads(found["config"])["hidden_size"] == 32
+    assert found["version"] == "2" and json.loads(found["config"])["hidden_size"] == 32
     assert len(found["weights"]) == len(found["tokens"]) == 64
 
 
