@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = "nemotron-h logprobs"
+_LEAST = -9999.0
+"""What servers write for minus infinity, which JSON has not."""
 
 
 @dataclass
@@ -62,14 +64,24 @@ class Dump:
         path = Path(path)
         if path.exists():
             raise ValueError(f"{path} is there already; name another file, or remove it.")
+        nothing = [None] * len(self.logprobs)
         rows = [
-            {"id": id, "token": token, "logprob": logprob}
-            for id, token, logprob in zip(self.ids or [], self.tokens or [], self.logprobs, strict=True)
+            {"id": id, "token": token, "logprob": _LEAST if logprob == -math.inf else _number(logprob)}
+            for id, token, logprob in zip(self.ids or nothing, self.tokens or nothing, self.logprobs, strict=True)
         ]
-        layers = [vars(layer) for layer in self.layers]
+        layers = [
+            {"name": each.name, "norms": [*map(_number, each.norms)], "digests": [*map(_number, each.digests)]}
+            for each in self.layers
+        ]
+        content = {"format": FORMAT, **self.facts, "tokens": rows, "layers": layers}
         with whole(path) as temporary:
-            text = json.dumps({"format": FORMAT, **self.facts, "tokens": rows, "layers": layers}, ensure_ascii=False)
+            text = json.dumps(content, ensure_ascii=False, allow_nan=False)
             temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _number(value: float | None) -> float | str | None:
+    """JSON has no infinity and no NaN: a string, which `float` reads. As null a NaN would be no difference."""
+    return value if value is None or math.isfinite(value) else str(value)
 
 
 @dataclass(frozen=True)
@@ -167,6 +179,8 @@ def _plain(values: Any) -> list[float]:
 
 
 def _watched(model: Any) -> list[tuple[str, Any]]:
+    if hasattr(model, "get_base_model"):  # PEFT's wrapper
+        model = model.get_base_model()
     base = model.base_model
     kinds = model.config.layers_block_type
     named = [(f"layer {index} ({kinds[index]})", layer) for index, layer in enumerate(base.layers)]
@@ -223,7 +237,9 @@ def _parse(content: Any) -> Dump | None:
         return None
     if content.get("format") == FORMAT:
         dump = _from_rows(content["tokens"])
-        dump.layers = [Layer(**layer) for layer in content.get("layers", ())]
+        dump.layers = [
+            Layer(each["name"], _plain(each["norms"]), _plain(each["digests"])) for each in content.get("layers", ())
+        ]
         dump.facts = {name: value for name, value in content.items() if name not in ("format", "tokens", "layers")}
         return dump
     if choices := content.get("choices"):
@@ -269,8 +285,7 @@ def _value(value: Any) -> float | None:
     if value is None:
         return None
     number = float(value)
-    # What servers write for minus infinity, which JSON has not.
-    return -math.inf if number <= -9999 else number
+    return -math.inf if number <= _LEAST else number
 
 
 def _values(values: Sequence[Any]) -> list[float | None]:
@@ -368,17 +383,22 @@ def _k3(log_ratio: float) -> float:
 
 
 def _start(long: Dump, short: Dump) -> int:
-    """Where in the longer text the shorter one begins."""
+    """Where in the longer text the shorter one begins; where its tokens fit at both ends, the closer numbers decide."""
     n, m = len(long.logprobs), len(short.logprobs)
     if long.ids is None or short.ids is None:
         return n - m  # an engine's answer, without ids: the end of the text, or all of it
-    for start in (0, n - m):
+    fits = []
+    for start in dict.fromkeys((0, n - m)):
         # A negative id is one that the dump does not say.
         parting = [
             at for at, (a, b) in enumerate(zip(long.ids[start:], short.ids, strict=False)) if a != b and min(a, b) >= 0
         ]
         if not parting:
-            return start
+            fits.append(start)
+    if fits and short.logprobs[0] is None:  # as of a text's first token alone
+        return fits[0]
+    if fits:
+        return min(fits, key=lambda start: _distance(long.logprobs[start : start + m], short.logprobs))
     if n != m:
         raise ValueError(
             f"{short.source} has {m} tokens that are neither the start nor the end of the {n} of {long.source}; record "
@@ -388,6 +408,16 @@ def _start(long: Dump, short: Dump) -> int:
         f"{long.source} and {short.source} are of different tokens (at position {parting[0]}, {long.ids[parting[0]]} "
         f"and {short.ids[parting[0]]}); record the same text with the same tokenizer."
     )
+
+
+def _distance(ours: Sequence[float | None], theirs: Sequence[float | None]) -> tuple[float, float]:
+    """The share of differences that are infinite, and the mean of the others."""
+    pairs = zip(ours, theirs, strict=True)
+    differences = [_difference(a, b) for a, b in pairs if a is not None and b is not None]
+    if not differences:
+        return math.inf, math.inf
+    finite = [difference for difference in differences if math.isfinite(difference)]
+    return 1 - len(finite) / len(differences), sum(finite) / max(1, len(finite))
 
 
 def _first_layer(reference: Dump, other: Dump, tolerance: float) -> tuple[LayerParting | None, int]:

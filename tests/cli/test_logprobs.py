@@ -58,6 +58,41 @@ def test_saved_and_read(tmp_path) -> None:
         dump.save(tmp_path / "a.json")
 
 
+def test_what_json_has_not_is_saved_and_read(tmp_path) -> None:
+    """A NaN stays one: as null it would be no difference."""
+    layer = logprobs.Layer("last norm", [1.0, math.inf, math.nan, 2.0], [0.5, -math.inf, math.nan, 1.0])
+    dump = logprobs.Dump("a", [None, -math.inf, math.nan, -0.5], [1, 2, 3, 4], list("abcd"), [layer])
+    dump.save(tmp_path / "a.json")
+
+    def not_json(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    rows = json.loads((tmp_path / "a.json").read_text(), parse_constant=not_json)["tokens"]
+    assert [row["logprob"] for row in rows] == [None, -9999, "nan", -0.5]
+    again = logprobs.read(tmp_path / "a.json")
+    assert str(again.logprobs) == str(dump.logprobs) and str(again.layers) == str(dump.layers)
+    assert logprobs.compare(dump, again).same
+
+
+@pytest.mark.parametrize("content", ["[null, -1.0, -2.0]", '{"choices": [{"logprobs": {"content": []}}]}'])
+def test_a_dump_without_ids_is_saved_and_read(content, tmp_path) -> None:
+    rows = [{"token": token, "logprob": value} for token, value in (("a", None), ("b", -1.0), ("c", -2.0))]
+    (tmp_path / "a.json").write_text(content.replace("[]", json.dumps(rows)))
+    dump = logprobs.read(tmp_path / "a.json")
+    dump.save(tmp_path / "b.json")
+    again = logprobs.read(tmp_path / "b.json")
+    assert (again.logprobs, again.ids, again.tokens) == (dump.logprobs, None, dump.tokens)
+
+
+def test_the_layers_of_a_model_with_an_adapter() -> None:
+    peft = pytest.importorskip("peft")
+    model, ids = small_model(), tokens(1, 9)[0].tolist()
+    plain = logprobs.record(model, ids, layers=True)
+    config = peft.LoraConfig(target_modules=["in_proj"], r=2)  # B starts at zero: the same function
+    wrapped = logprobs.record(peft.get_peft_model(model, config), ids, layers=True)
+    assert len(plain.layers) == len(wrapped.layers) and logprobs.compare(plain, wrapped, 1e-6).same
+
+
 def vllm_row(id: int, value: float) -> dict:
     """The token that stood there and, as vLLM does, the likeliest where that is another."""
     likeliest = {"96": {"logprob": -0.01, "rank": 1, "decoded_token": "x"}} if value < -1 else {}
@@ -116,6 +151,28 @@ def test_a_prompt_and_what_was_generated_after_it(tmp_path) -> None:
     # generated tokens alone, without ids: the end of the text
     (tmp_path / "end.json").write_text(json.dumps(VALUES[3:]))
     assert logprobs.compare(logprobs.Dump("reference", VALUES, IDS), logprobs.read(tmp_path / "end.json")).compared == 2
+
+
+def test_the_end_of_a_text_that_repeats_itself() -> None:
+    """Its tokens are the start's too: the numbers say which of them it is."""
+    ids, values = [5, 9] * 4, [None, -4.0, -3.0, -2.0, -1.0, -0.5, -0.25, -0.125]
+    long = logprobs.Dump("long", values, ids)
+    end = logprobs.Dump("end", values[4:], ids[4:])
+    for noise in (0.0, 1e-3):
+        near = logprobs.Dump("end", [value + noise for value in values[4:]], ids[4:])
+        comparison = logprobs.compare(long, near, 2e-3)
+        assert comparison.same and comparison.compared == 4
+        assert logprobs.compare(near, long, 2e-3).same
+    changed = logprobs.Dump("end", [-1.0, -0.5, -0.25, -9.0], ids[4:])
+    assert logprobs.compare(long, changed, 1e-3).first_token.position == 7
+    assert logprobs.compare(long, logprobs.Dump("start", values[:4], ids[:4])).same
+    assert logprobs.compare(long, logprobs.Dump("start", [None, None, None, -2.0], ids[:4])).same
+    # a first token without a number is the text's, whatever the numbers say
+    far = logprobs.compare(long, logprobs.Dump("start", [None, -0.5, -0.25, -0.125], ids[:4]))
+    assert far.first_token == logprobs.Parting(1, None, -4.0, -0.5)
+    broken = logprobs.Dump("end", [-1.0, math.nan, -0.25, -0.125], ids[4:])
+    assert logprobs.compare(long, broken).first_token.position == 5
+    assert not logprobs.compare(end, logprobs.Dump("other", [-1.0, -0.5, -0.25, -0.2], ids[4:])).same
 
 
 def test_infinities() -> None:
