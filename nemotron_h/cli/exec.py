@@ -40,12 +40,25 @@ def run(
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (ON_PATH, environment.get("PYTHONPATH"))))
     if log is not None:
-        environment[LOG] = str(log.absolute())
+        environment[LOG] = str(log)
+    if environment.get(LOG):
+        environment[LOG] = _writable(environment[LOG], LOG if log is None else "--log")
     sys.stdout.flush()
     sys.stderr.flush()
     if os.name == "nt":  # there, exec starts a second process and does not wait for it
         raise typer.Exit(subprocess.call(line, env=environment))
     os.execve(line[0], line, environment)  # the tool takes this process over: signals and the exit code are its own
+
+
+def _writable(log: str, given_by: str) -> str:
+    """The file's whole path, once a line can be added: later, the loading of every model would fail on it."""
+    try:
+        with open(log, "a", encoding="utf-8"):
+            return os.path.abspath(log)
+    except OSError as error:
+        raise ValueError(
+            f"{given_by} {log} cannot be written ({error.strerror}); name a file, in a folder that is there."
+        ) from None
 
 
 def _find(command: str) -> list[str]:

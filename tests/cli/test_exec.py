@@ -55,6 +55,26 @@ def test_refusals(refused, cli, tmp_path) -> None:
     assert "Example: nemotron-h exec trl sft" in cli("exec", "--help").stdout
 
 
+def test_a_log_that_cannot_be_written(refused, cli, monkeypatch, tmp_path) -> None:
+    """Said before the tool starts: in the tool, no model of the family could be made."""
+    ran = []
+    monkeypatch.setattr(os, "execve", lambda *arguments: ran.append(arguments))
+    absent = str(tmp_path / "absent" / "log")
+    said = refused("exec", "--log", absent, "python")
+    assert f"--log {absent} cannot be written (No such file or directory); name a file" in said
+    monkeypatch.setenv(LOG, str(tmp_path))
+    assert f"{LOG} {tmp_path} cannot be written (Is a directory)" in refused("exec", "python")
+    assert not ran
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "log").write_text("a line\n")
+    monkeypatch.setenv(LOG, "log")  # whichever folder the tool's processes run in
+    cli("exec", "python")
+    assert ran[0][2][LOG] == str(tmp_path / "log") and (tmp_path / "log").read_text() == "a line\n"
+    monkeypatch.setenv(LOG, "")
+    cli("exec", "python")
+    assert ran[1][2][LOG] == ""
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_exit_code_and_signals_are_the_tools() -> None:
     code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(43)); print('up', flush=True)"
