@@ -102,5 +102,6 @@ def say_once_that_logits_are_large(tokens: int, vocabulary: int) -> None:
         _said.add("large")
         logger.warning(
             f"The logits of {tokens} tokens take {4 * tokens * vocabulary / (1 << 30):.1f} GiB, and the loss twice as "
-            "much: with `model.chunked_loss = True` the loss is the same without them (`outputs.logits` is None)."
+            "much: with `model.chunked_loss = True` the loss is the same without them (`outputs.logits` is None). Set "
+            "it on the model itself: on `model.get_base_model()` where PEFT has wrapped it."
         )

@@ -786,7 +786,9 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
 
     `model.chunked_loss = True` trains without logits: given labels in training mode, forward computes the same loss a
     few columns of the vocabulary at a time, and `outputs.logits` is None. `skip_logits=` of a forward says so for that
-    call, in either mode. Off unless asked for, because scripts and trainers read the logits of a training step.
+    call, in either mode. Off unless asked for, because scripts and trainers read the logits of a training step. A model
+    in PEFT's wrapper has it set before it is wrapped, or on `model.get_base_model()`: set on the wrapper, it stays
+    there, and does nothing.
 
     `model.mtp_loss_scale = 0.3` trains the multi-token-prediction head that Nemotron 3 checkpoints have, or one that
     `nemotron_h.mtp.add_head` made; `model.mtp_depths = 2` trains it two tokens ahead, its last depth used again.

@@ -17,7 +17,13 @@ import torch
 from families import relative_difference, small_model, tokens
 from transformers import AutoModelForCausalLM
 
-from nemotron_h import NemotronHForCausalLM, NemotronHForSequenceClassification, lora_config, lora_coverage
+from nemotron_h import (
+    NemotronHForCausalLM,
+    NemotronHForSequenceClassification,
+    lora_config,
+    lora_coverage,
+    losses,
+)
 from nemotron_h.layers import NemotronHLinear
 
 peft = pytest.importorskip("peft", minversion="0.20", reason="stacked experts lie in memory as since PEFT 0.20")
@@ -261,6 +267,21 @@ def test_the_task_is_known_from_the_model():
     wrapped = peft.get_peft_model(classifier, lora_config(classifier, report=False))
     assert wrapped.base_model.model.score.modules_to_save["default"].weight.requires_grad
     assert lora_coverage(wrapped).adapted_layers == 7
+
+
+def test_a_loss_without_logits_is_asked_for_on_the_base_model(monkeypatch, caplog):
+    """An attribute of the wrapper stays there, which the warning and the class say."""
+    wrapped = wrap(small_model("dense", torch.float32)).train()
+    monkeypatch.setattr(losses, "_said", set())
+    monkeypatch.setattr(losses, "_WORTH_SAYING", 0)
+    ids = tokens(1, 9)
+    whole = wrapped(input_ids=ids, labels=ids)
+    assert whole.logits is not None and "on `model.get_base_model()` where PEFT has wrapped it" in caplog.text
+    assert "`model.get_base_model()`" in NemotronHForCausalLM.__doc__
+    wrapped.get_base_model().chunked_loss = True
+    chunked = wrapped(input_ids=ids, labels=ids)
+    assert chunked.logits is None
+    torch.testing.assert_close(chunked.loss, whole.loss)
 
 
 # out_proj
