@@ -22,7 +22,20 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .cache import NemotronHCache
-from .snapshots import Pair, Snapshot, essentials, header, known_digest, put, read, saved_ids, take, write
+from .snapshots import (
+    Origin,
+    Pair,
+    Snapshot,
+    essentials,
+    header,
+    known_digest,
+    origin,
+    put,
+    read,
+    saved_ids,
+    take,
+    write,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -35,6 +48,7 @@ _WORD = 8  # bytes of a token id in a key
 @dataclass
 class _Entry:
     snapshot: Snapshot
+    origin: Origin  # what its file says of it, also while another model is in use
 
 
 class PromptCache:
@@ -119,12 +133,12 @@ class PromptCache:
         if cache.batch_size != 1:
             raise ValueError(f"A PromptCache keeps single rows and the cache has {cache.batch_size}: split it first.")
         key = owner or owner_of(model), ids
-        snapshot = _compact(take(cache))
+        entry = _Entry(_compact(take(cache)), _origin(key, model))
         with self._lock:
             self._entries.pop(key, None)
-            self._entries[key] = _Entry(snapshot)
+            self._entries[key] = entry
             self._share(key)
-            self._fit(key[0], model)
+            self._fit()
 
     def boundaries(
         self, token_ids: Any, model: Any, start: int, wanted: Iterable[int] = (), owner: str | None = None
@@ -184,7 +198,8 @@ class PromptCache:
         owner = owner_of(model)
         with self._lock:
             for key, entry in self._entries.items():
-                self._write(key, entry.snapshot, owner, model)
+                if key[0] == owner:
+                    self._write(key, entry)
 
     # ---- inside
 
@@ -202,15 +217,15 @@ class PromptCache:
             return entry.snapshot
         path = self._files[key]
         try:
-            snapshot = read(path, model, digest=key[0].split("-")[1])
+            snapshot = read(path, model, digest=_weights(key))
             path.touch()
         except (ValueError, OSError) as error:
             logger.warning(f"A prompt's state is computed again: {error}")
             del self._files[key]
             return None
         self._files.move_to_end(key)
-        self._entries[key] = _Entry(snapshot)
-        self._fit(key[0], model)
+        self._entries[key] = _Entry(snapshot, _origin(key, model))
+        self._fit()
         return snapshot
 
     def _share(self, key: Key) -> None:
@@ -220,12 +235,12 @@ class PromptCache:
             if owner == key[0] and len(ids) < len(key[1]) and key[1].startswith(ids):
                 entry.snapshot = _seen_in(entry.snapshot, longer)
 
-    def _fit(self, owner: str, model: Any) -> None:
+    def _fit(self) -> None:
         while self._entries and self.nbytes > self.max_bytes:
             key, entry = self._entries.popitem(last=False)
             alone = not self._entries
             if self.folder is not None:
-                self._write(key, entry.snapshot, owner, model)
+                self._write(key, entry)
             elif alone and not self._said:
                 self._said = True
                 logger.warning(
@@ -237,13 +252,14 @@ class PromptCache:
             for left, snapshot in zip(self._entries.values(), _own(kept), strict=True):
                 left.snapshot = snapshot
 
-    def _write(self, key: Key, snapshot: Snapshot, owner: str, model: Any) -> None:
+    def _write(self, key: Key, entry: _Entry) -> None:
         assert self.folder is not None
-        if key in self._files or key[0] != owner:  # another model's: its config is not at hand
+        if key in self._files and self._files[key].exists():
             return
         path = self.folder / f"{hashlib.sha256(key[0].encode() + key[1]).hexdigest()[:40]}.safetensors"
         ids = torch.from_numpy(_numbers(key[1]).copy())
-        write(snapshot, path, model=model, token_ids=ids, keep_ids=True, digest=key[0].split("-")[1])
+        write(entry.snapshot, path, origin=entry.origin, token_ids=ids, keep_ids=True)
+        self._files.pop(key, None)
         self._files[key] = path
         sizes = {each: each.stat().st_size for each in self._files.values() if each.exists()}
         while len(self._files) > 1 and sum(sizes.values()) > self.folder_bytes:
@@ -270,6 +286,14 @@ def owner_of(model: Any) -> str:
 
 def _owner(config: dict[str, Any], weights: str, dtype: str) -> str:
     return hashlib.sha256((json.dumps(config, sort_keys=True) + dtype).encode()).hexdigest() + "-" + weights
+
+
+def _weights(key: Key) -> str:
+    return key[0].split("-")[1]
+
+
+def _origin(key: Key, model: Any) -> Origin:
+    return origin(model, _weights(key))
 
 
 def _bytes(token_ids: Any) -> bytes:

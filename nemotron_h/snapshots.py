@@ -232,6 +232,24 @@ def _put_static(layer: StaticLayer, pair: Pair | None, length: int) -> None:
 # ---- which model
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Whose a snapshot is, in what a file says of it: what of the config a state depends on, the model's dtype and its
+    weights' digest; both "" for a config alone."""
+
+    essentials: dict[str, Any]
+    dtype: str = ""
+    weights: str = ""
+
+
+def origin(model: Any, digest: str = "") -> Origin:
+    """Of a model, whose `weights_digest` may be known already, or of a config."""
+    config, module = _config_of(model)
+    if module is None:
+        return Origin(essentials(config))
+    return Origin(essentials(config), _short(module.dtype), digest or weights_digest(module))
+
+
 def essentials(config: NemotronHConfig) -> dict[str, Any]:
     """What of a config a state depends on, as JSON has it."""
     return dict(json.loads(json.dumps({name: getattr(config, name, None) for name in _ESSENTIALS})))
@@ -350,20 +368,20 @@ def save(
     Raises:
         ValueError: the cache is empty or of another model, or has seen another number of tokens.
     """
-    write(take(cache), path, model=model, token_ids=token_ids, keep_ids=keep_ids)
+    write(take(cache), path, origin=origin(model), token_ids=token_ids, keep_ids=keep_ids)
 
 
 def write(
-    snapshot: Snapshot, path: str | Path, *, model: Any, token_ids: Any = None, keep_ids: bool = False, digest: str = ""
+    snapshot: Snapshot, path: str | Path, *, origin: Origin, token_ids: Any = None, keep_ids: bool = False
 ) -> None:
-    """As `save`, of a snapshot; `digest` is the model's `weights_digest` where it is known already."""
-    config, module = _config_of(model)
+    """As `save`, of a snapshot."""
     if snapshot.length == 0:
         raise ValueError("The cache is empty: there is nothing to save before the first token.")
-    if snapshot.kinds != tuple(config.layers_block_type):
+    kinds = tuple(origin.essentials["layers_block_type"])
+    if snapshot.kinds != kinds:
         raise ValueError(
-            f"The cache is of the pattern {_pattern(snapshot.kinds)} and the model's is "
-            f"{_pattern(config.layers_block_type)}: pass the model that filled it."
+            f"The cache is of the pattern {_pattern(snapshot.kinds)} and the model's is {_pattern(kinds)}: pass the "
+            "model that filled it."
         )
     ids = None if token_ids is None else _ids(token_ids, snapshot.length)
     tensors: dict[str, Tensor] = {}
@@ -379,8 +397,8 @@ def write(
         "version": str(VERSION),
         "nemotron_h": __version__,
         "pattern": _pattern(snapshot.kinds),
-        "config": json.dumps(essentials(config)),
-        "weights": (digest or weights_digest(module)) if module is not None else "",
+        "config": json.dumps(origin.essentials),
+        "weights": origin.weights,
         "dtype": dtype,
         "state_dtype": state_dtype,
         "batch_size": str(snapshot.batch_size),
@@ -573,4 +591,4 @@ def _first(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-__all__ = ["Snapshot", "header", "known_digest", "load", "put", "read", "save", "take", "weights_digest"]
+__all__ = ["Snapshot", "header", "known_digest", "load", "origin", "put", "read", "save", "take", "weights_digest"]

@@ -336,6 +336,41 @@ def test_flush_and_files_that_cannot_be_read(tmp_path):
         PromptCache().flush(model)
 
 
+def test_files_that_were_removed_are_written_again(tmp_path):
+    model = small_model("dense")
+    cache = PromptCache(folder=tmp_path)
+    text = fill(model, cache, [10, 20])
+    cache.flush(model)
+    (first, second) = tmp_path.glob("*.safetensors")
+    first.unlink()
+    at = second.stat().st_mtime_ns
+    cache.flush(model)
+    assert first.exists() and second.stat().st_mtime_ns == at
+    first.unlink()
+    second.unlink()
+    cache.max_bytes = 0
+    fill(model, cache, [5], seed=1)
+    assert len(cache) == 0
+    assert PromptCache(folder=tmp_path).resume(NemotronHCache(model.config), text, model) == 20
+
+
+@torch.no_grad()
+def test_what_another_model_pushes_out_goes_to_the_folder(tmp_path):
+    """And is found again there, by the one that it is of and by no other."""
+    models = [small_model("dense"), small_model("dense", seed=1), small_model("mamba")]
+    cache = PromptCache(max_bytes=state_bytes(models[0]) + key_bytes(models[0], 20), folder=tmp_path)
+    cache.folder_bytes = 1 << 30
+    texts = [fill(model, cache, [20], seed=number) for number, model in enumerate(models)]
+    assert len(cache) == 1 and len(list(tmp_path.glob("*.safetensors"))) == 2
+    for model, text in zip(models, texts, strict=True):
+        ours = NemotronHCache(model.config)
+        assert cache.resume(ours, text, model) == 20
+        logits = model(tokens(1, 3), cache=ours).logits
+        expected = model(joined(text, tokens(1, 3)), use_cache=False).logits[:, 20:]
+        assert relative_difference(logits, expected) <= 1e-9
+        assert [cache.resume(NemotronHCache(other.config), text, other) for other in models].count(20) == 1
+
+
 def test_the_folder_has_a_budget_too(tmp_path):
     model = small_model("dense")
     one = PromptCache(max_bytes=0, folder=tmp_path)
