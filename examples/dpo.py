@@ -28,14 +28,13 @@ from pathlib import Path
 
 import torch
 from finetune_lora import merged_model
-from finetuning import accuracy, read_answer, read_jsonl, replies, write_folder, write_json
+from finetuning import accuracy, read_answer, read_jsonl, replies, require_checkpoint, write_folder, write_json
 from preferences import (
     add_common_options,
     plot,
     question_of,
     read_problems,
     require,
-    require_checkpoint,
     test_problems,
     training_problems,
 )

@@ -15,7 +15,16 @@ import time
 from pathlib import Path
 
 import torch
-from finetuning import accuracy, ask_plain_transformers, card, hub_name, plot_loss, read_jsonl, write_json
+from finetuning import (
+    accuracy,
+    ask_plain_transformers,
+    card,
+    hub_name,
+    plot_loss,
+    read_jsonl,
+    require_checkpoint,
+    write_json,
+)
 from halves import FILES
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
@@ -76,7 +85,7 @@ class Collator:
         return {**batch, "attention_mask": (torch.arange(longest) < lengths).long()}
 
 
-def train(arguments: argparse.Namespace, tokenizer) -> Trainer:
+def train(arguments: argparse.Namespace, tokenizer, checkpoint: str | None) -> Trainer:
     settings = TrainingArguments(
         output_dir=str(arguments.output / "checkpoints"),
         num_train_epochs=arguments.epochs,
@@ -100,21 +109,21 @@ def train(arguments: argparse.Namespace, tokenizer) -> Trainer:
         data_collator=Collator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=True if arguments.resume else None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
 
 
 def main() -> None:
     arguments = parse()
     set_seed(arguments.seed)
-    started = time.monotonic()
+    checkpoint, started = require_checkpoint(arguments), time.monotonic()
     arguments.output.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     problems = read_jsonl(arguments.test)[: arguments.test_size]
 
     before, _ = accuracy(AutoModelForCausalLM.from_pretrained(arguments.model), tokenizer, problems)
     print(f"before: {before:.1%} of {len(problems)} held-out problems right", flush=True)
-    trainer = train(arguments, tokenizer)
+    trainer = train(arguments, tokenizer, checkpoint)
     model = trainer.model
     after, replies = accuracy(model, tokenizer, problems)
     print(f"after: {after:.1%} of {len(problems)} held-out problems right (before: {before:.1%})", flush=True)

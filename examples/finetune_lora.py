@@ -36,6 +36,7 @@ from finetuning import (
     hub_name,
     plot_loss,
     read_jsonl,
+    require_checkpoint,
     write_folder,
     write_json,
 )
@@ -82,7 +83,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train(arguments: argparse.Namespace, tokenizer):
+def train(arguments: argparse.Namespace, tokenizer, checkpoint: str | None):
     """The trainer, after its work."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -122,7 +123,7 @@ def train(arguments: argparse.Namespace, tokenizer):
         peft_config=nemotron_h.lora_config(model, arguments.kind, r=arguments.rank),
     )
     print(f"adapter: {nemotron_h.lora_coverage(trainer.model)}", flush=True)
-    trainer.train(resume_from_checkpoint=True if arguments.resume else None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
 
 
@@ -140,7 +141,7 @@ def main() -> None:
     if missing:
         raise SystemExit(f"This example needs {', '.join(missing)}: pip install {' '.join(missing)}")
     set_seed(arguments.seed)
-    started = time.monotonic()
+    checkpoint, started = require_checkpoint(arguments), time.monotonic()
     arguments.output.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     problems = read_jsonl(arguments.test)[: arguments.test_size]
@@ -148,7 +149,7 @@ def main() -> None:
     before, _ = accuracy(AutoModelForCausalLM.from_pretrained(arguments.model), tokenizer, problems)
     print(f"before: {before:.1%} of {len(problems)} held-out problems right", flush=True)
 
-    trainer = train(arguments, tokenizer)
+    trainer = train(arguments, tokenizer, checkpoint)
     minutes = (time.monotonic() - started) / 60
     write_folder(arguments.output / "adapter", trainer.model.save_pretrained)
     drawn = plot_loss(

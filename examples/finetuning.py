@@ -36,6 +36,20 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
+def require_checkpoint(arguments: Namespace) -> str | None:
+    """The checkpoint that --resume goes on from: the last one that was written to its end. None without --resume."""
+    if not arguments.resume:
+        return None
+    folder = arguments.output / "checkpoints"
+    # Trainer writes its state last; a folder without it was cut off by a kill or a full disk.
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    if not whole:
+        raise SystemExit(
+            f"{folder} has no checkpoint to go on from: leave --resume out, or name the run with --output."
+        )
+    return str(max(whole, key=lambda path: int(path.name.split("-")[-1])))
+
+
 def read_answer(reply: str) -> int | None:
     """The number a reply ends with; what was only thought does not count."""
     found = ANSWER.search(reply.split("</think>")[-1]) if "</think>" in reply else None

@@ -82,21 +82,6 @@ def require(*packages: str) -> None:
         raise SystemExit(f"This example needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
-def require_checkpoint(arguments: argparse.Namespace) -> str | None:
-    """The checkpoint that --resume goes on from; None without --resume."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    if not arguments.resume:
-        return None
-    folder = arguments.output / "checkpoints"
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if found is None:
-        raise SystemExit(
-            f"{folder} has no checkpoint to go on from: leave --resume out, or name the run with --output."
-        )
-    return found
-
-
 def plot(history: Sequence[dict], path: Path, title: str, labels: dict[str, str]) -> bool:
     """Write what a Trainer logged under some keys as PNG, a panel a key; False where matplotlib is not installed."""
     try:

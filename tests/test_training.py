@@ -406,7 +406,7 @@ class TestInterruption:
             assert all(torch.equal(one[key][part], other[key][part]) for part in one[key])
 
     def test_a_kill_during_a_save_leaves_the_last_checkpoint(self, tmp_path):
-        """The process is killed inside each file of the second checkpoint in turn; the first one goes on."""
+        """The process is killed half way through the second checkpoint's weights; the first one goes on."""
         script = Path(tmp_path) / "train.py"
         script.write_text(KILLED)
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}

@@ -17,7 +17,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import halves
-from finetuning import ask_plain_transformers, hub_name, plot_loss, read_answer, read_jsonl, write_folder
+from finetuning import (
+    ask_plain_transformers,
+    hub_name,
+    plot_loss,
+    read_answer,
+    read_jsonl,
+    require_checkpoint,
+    write_folder,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from word_problems import HELD_OUT_NAMES
 
@@ -111,6 +119,18 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["old"]
     write_folder(tmp_path / "model", lambda folder: (Path(folder).mkdir(), (Path(folder) / "new").touch()))
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["new"]
+
+
+def test_a_run_goes_on_from_the_last_whole_checkpoint(tmp_path):
+    arguments = argparse.Namespace(resume=True, output=tmp_path)
+    with pytest.raises(SystemExit, match="checkpoints has no checkpoint to go on from"):
+        require_checkpoint(arguments)
+    for number, whole in ((2, True), (10, True), (12, False)):
+        folder = tmp_path / "checkpoints" / f"checkpoint-{number}"
+        folder.mkdir(parents=True)
+        (folder / ("trainer_state.json" if whole else "model.safetensors")).touch()
+    assert require_checkpoint(arguments) == str(tmp_path / "checkpoints" / "checkpoint-10")
+    assert require_checkpoint(argparse.Namespace(resume=False, output=tmp_path)) is None
 
 
 def test_the_plot_is_a_png(tmp_path):
