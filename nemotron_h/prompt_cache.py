@@ -64,7 +64,7 @@ class PromptCache:
     Args:
         max_bytes: of all entries in memory. One that is larger than that alone is not kept, which is said once.
         folder: where entries that no longer fit are written, and found again, by later processes too; `flush` writes
-            all. Files that are cut or of another format version are passed over.
+            all. Files that are cut, of another format version or of several rows are passed over.
         folder_bytes: of all files in the folder, ten times `max_bytes` unless given; the oldest go first.
         every: also keep a snapshot at each multiple of so many tokens of a prompt.
         shortest: a point where a prompt parts from a kept one is kept itself, if it is so many tokens beyond what is
@@ -269,14 +269,21 @@ class PromptCache:
 
     def _scan(self) -> None:
         assert self.folder is not None
-        for path in sorted(self.folder.glob("*.safetensors"), key=lambda each: each.stat().st_mtime):
+        for path in sorted(self.folder.glob("*.safetensors"), key=_modified):
             try:
                 found, ids = header(path), saved_ids(path)
             except (ValueError, OSError):
                 continue
-            if ids is not None and found["weights"]:
+            if ids is not None and len(ids) == 1 and found["weights"]:
                 owner = _owner(json.loads(found["config"]), found["weights"], found["dtype"])
                 self._files[owner, _bytes(ids)] = path
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # another process took it away
+        return 0.0
 
 
 def owner_of(model: Any) -> str:

@@ -35,6 +35,7 @@ Pair = tuple[Tensor, Tensor]
 
 FORMAT = "nemotron_h.cache"
 VERSION = 2
+_SAID = ("config", "weights", "dtype", "state_dtype", "batch_size", "token_count", "tokens")
 _NAMES = {"mamba": ("window", "state"), "attention": ("keys", "values")}
 _LETTERS = {"mamba": "M", "attention": "*", "mlp": "-", "moe": "E"}
 
@@ -448,7 +449,21 @@ def header(path: str | Path) -> dict[str, str]:
         newer = version.isdigit() and int(version) > VERSION
         remedy = "install a newer nemotron-h" if newer else "save the cache again"
         raise ValueError(f"{path} is of format version {version} and this package reads version {VERSION}: {remedy}.")
+    if missing := [name for name in _SAID if name not in metadata]:
+        raise ValueError(f"{path} says nothing of its {missing[0]}: save the cache again.")
+    if not isinstance(_json(metadata["config"]), dict):
+        raise ValueError(f"{path} has a config that is no JSON object: save the cache again.")
+    for name in ("batch_size", "token_count"):
+        if not metadata[name].isdecimal():
+            raise ValueError(f"{path} has {metadata[name]!r} as its {name}, which is no number: save the cache again.")
     return metadata
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def read(path: str | Path, model: Any, *, token_ids: Any = None, digest: str = "") -> Snapshot:
@@ -496,10 +511,17 @@ def read(path: str | Path, model: Any, *, token_ids: Any = None, digest: str = "
 
 
 def saved_ids(path: str | Path) -> Tensor | None:
-    """The token ids in a file that was written with `keep_ids`. Raises as `load`."""
-    header(path)
+    """The (B, L) token ids in a file that was written with `keep_ids`. Raises as `load`."""
+    found = header(path)
     with safe_open(path, framework="pt") as file:
-        return file.get_tensor("token_ids") if "token_ids" in file.keys() else None
+        ids: Tensor | None = file.get_tensor("token_ids") if "token_ids" in file.keys() else None
+    shape = int(found["batch_size"]), int(found["token_count"])
+    if ids is not None and (ids.dtype != torch.int64 or tuple(ids.shape) != shape):
+        raise ValueError(
+            f"{path} has {_short(ids.dtype)} {tuple(ids.shape)} as its token_ids, which would be int64 {shape}: save "
+            "the cache again."
+        )
+    return ids
 
 
 def _tensor(path: Any, file: Any, names: set[str], name: str, device: torch.device) -> Tensor:

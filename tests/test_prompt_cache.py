@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import pytest
 import torch
 from families import relative_difference, small_model, tokens
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from nemotron_h import NemotronHCache, PromptCache
+from nemotron_h import NemotronHCache, PromptCache, snapshots
 
 FAMILIES = ["dense", "moe", "latent", "mamba", "attention"]
 pytestmark = pytest.mark.core
@@ -334,6 +337,39 @@ def test_flush_and_files_that_cannot_be_read(tmp_path):
     assert torch.equal(plain(model, prompt, prompt_cache=PromptCache(folder=tmp_path)), expected)
     with pytest.raises(ValueError, match="no folder to write to"):
         PromptCache().flush(model)
+
+
+def test_files_of_somebody_else_are_passed_over(tmp_path):
+    """Of several rows, without ids, with metadata or ids that are not as they should be, and no files at all."""
+    model, ids = small_model("dense"), tokens(2, 20)
+    cache = PromptCache(folder=tmp_path)
+    text = fill(model, cache, [20])
+    cache.flush(model)
+    (good,) = tmp_path.glob("*.safetensors")
+    with safe_open(good, framework="pt") as file:
+        said, held = file.metadata(), load_file(good)
+    rows = NemotronHCache(model.config)
+    with torch.no_grad():
+        model(ids, cache=rows)
+    snapshots.save(rows, tmp_path / "rows.safetensors", model=model, token_ids=ids, keep_ids=True)
+    rows.save(tmp_path / "no_ids.safetensors", model=model, token_ids=ids)
+    for name in set(said) - {"nemotron_h", "pattern"}:
+        save_file(held, tmp_path / f"no_{name}.safetensors", metadata={k: v for k, v in said.items() if k != name})
+    for name, value in (("config", "[]"), ("config", "{"), ("token_count", "many"), ("batch_size", "-1")):
+        save_file(held, tmp_path / f"{name}{len(value)}.safetensors", metadata={**said, name: value})
+    for number, wrong in enumerate((torch.zeros(20), torch.zeros(1, 20), held["token_ids"][:, 1:].contiguous())):
+        save_file({**held, "token_ids": wrong}, tmp_path / f"ids{number}.safetensors", metadata=said)
+    save_file({"token_ids": held["token_ids"]}, tmp_path / "no_tensors.safetensors", metadata=said)
+    (tmp_path / "empty.safetensors").touch()
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "nowhere.safetensors").symlink_to(tmp_path / "gone")
+    later = PromptCache(folder=tmp_path)
+    assert list(later._files) == list(cache._files)
+    os.utime(good)  # the newest: of two files of one text it is the one
+    later = PromptCache(folder=tmp_path)
+    assert later.resume(NemotronHCache(model.config), text, model) == 20
+    good.unlink()
+    assert PromptCache(folder=tmp_path).resume(NemotronHCache(model.config), text, model) == 0  # no tensors in it
 
 
 def test_files_that_were_removed_are_written_again(tmp_path):

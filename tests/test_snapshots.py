@@ -284,6 +284,20 @@ def test_files_that_are_cut(saved):
     load_refused(path, model, "is a safetensors file but no saved cache")
 
 
+def test_files_that_do_not_say_enough(saved):
+    model, _ids, path = saved
+    with safe_open(path, framework="pt") as file:
+        said = file.metadata()
+    held = load_file(path)
+    for name in ("config", "weights", "dtype", "state_dtype", "batch_size", "token_count", "tokens"):
+        save_file(held, path, metadata={key: value for key, value in said.items() if key != name})
+        load_refused(path, model, f"says nothing of its {name}: save the cache again")
+    save_file(held, path, metadata={**said, "config": "[]"})
+    load_refused(path, model, "has a config that is no JSON object: save the cache again")
+    save_file(held, path, metadata={**said, "token_count": "many"})
+    load_refused(path, model, "has 'many' as its token_count, which is no number")
+
+
 def test_files_of_another_model(saved):
     model, _ids, path = saved
     load_refused(path, small_model("moe"), r"whose pattern is M-M\*-M- and this one's is MEM\*EME")
