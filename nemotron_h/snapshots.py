@@ -392,7 +392,7 @@ def write(
                 tensors[f"layers.{index}.{name}"] = tensor.cpu().contiguous()
     if ids is not None and keep_ids:
         tensors["token_ids"] = ids
-    dtype, state_dtype = _dtypes(snapshot)
+    computed, state_dtype = _dtypes(snapshot)
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -400,7 +400,8 @@ def write(
         "pattern": _pattern(snapshot.kinds),
         "config": json.dumps(origin.essentials),
         "weights": origin.weights,
-        "dtype": dtype,
+        "dtype": origin.dtype or computed,
+        "computed_dtype": computed,  # another one than the model's under autocast
         "state_dtype": state_dtype,
         "batch_size": str(snapshot.batch_size),
         "token_count": str(snapshot.length),

@@ -339,6 +339,16 @@ def test_flush_and_files_that_cannot_be_read(tmp_path):
         PromptCache().flush(model)
 
 
+@torch.no_grad()
+def test_a_file_of_what_autocast_computed_is_found_by_another_process(tmp_path):
+    model = small_model("dense", torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cache = PromptCache(folder=tmp_path)
+        text = fill(model, cache, [20])
+        cache.flush(model)
+    assert PromptCache(folder=tmp_path).resume(NemotronHCache(model.config), text, model) == 20
+
+
 def test_files_of_somebody_else_are_passed_over(tmp_path):
     """Of several rows, without ids, with metadata or ids that are not as they should be, and no files at all."""
     model, ids = small_model("dense"), tokens(2, 20)

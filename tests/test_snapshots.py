@@ -114,6 +114,24 @@ def test_half_precision_is_bit_for_bit(state, tmp_path):
     assert torch.equal(going_on(model, loaded, ids[:, 20:]), going_on(model, cache, ids[:, 20:]))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["dense", "mamba", "attention"])
+def test_what_autocast_computed_is_a_cache_of_the_model(family, tmp_path):
+    model, ids, path = small_model(family, torch.float32), tokens(1, 30), tmp_path / "a"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cache = filled(model, ids[:, :20])
+        cache.save(path, model=model)
+        loaded = NemotronHCache.load(path, model)
+        assert all(a.dtype == b.dtype for a, b in zip(tensors(cache), tensors(loaded), strict=True))
+        assert torch.equal(going_on(model, loaded, ids[:, 20:]), going_on(model, cache, ids[:, 20:]))
+    with safe_open(path, framework="pt") as file:
+        said = file.metadata()
+    assert (said["dtype"], said["computed_dtype"]) == ("float32", "bfloat16")
+    after = NemotronHCache.load(path, model)
+    assert relative_difference(going_on(model, after, ids[:, 20:]), whole(model, ids, 20), record=False) < 0.1
+    load_refused(path, small_model(family, torch.bfloat16), "saved by a float32 model and this one is bfloat16")
+
+
 def test_gradients_after_a_restored_state():
     model, ids = small_model("dense"), tokens(2, 16)
     snapshot = filled(model, ids[:, :10]).snapshot()
