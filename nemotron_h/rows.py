@@ -29,7 +29,8 @@ def concat(
         attention_masks: for a cache whose rows are padded already, its (rows, length) mask; None for no padding.
 
     Raises:
-        ValueError: no cache, an empty one, another pattern, dtype or device among them, or a mask of another shape.
+        ValueError: no cache, an empty one, another pattern, dtype, device or size among them, or a mask of another
+            shape.
     """
     if not caches:
         raise ValueError("There are no caches to join: pass at least one.")
@@ -55,6 +56,13 @@ def concat(
                     f"Cache {number} has {theirs.dtype} tensors on {theirs.device} where cache 0 has {ours.dtype} on "
                     f"{ours.device}: join caches of one model."
                 )
+        for index, kind in enumerate(first.kinds):
+            here, there = (_row(each.layers[index], kind) for each in (first, snapshot))
+            if here != there:
+                raise ValueError(
+                    f"A row of layer {index} is {there} in cache {number} and {here} in cache 0: join caches of one "
+                    "model."
+                )
         device = next(snapshot.tensors()).device
         mask = torch.ones(shape, dtype=torch.int64, device=device) if mask is None else mask.to(device, torch.int64)
         masks.append(F.pad(mask, (length - snapshot.length, 0)))
@@ -71,6 +79,12 @@ def concat(
     joined = caches[0].like()
     put(joined, Snapshot(first.kinds, length, tuple(layers)))
     return joined, torch.cat(masks)
+
+
+def _row(pair: Pair | None, kind: str) -> list[tuple[int, ...]]:
+    """The sizes that rows of one batch have in common."""
+    shapes = [tuple(tensor.shape[1:]) for tensor in pair or ()]
+    return [(shape[0], shape[-1]) for shape in shapes] if kind == "attention" else shapes
 
 
 def _padded(tensor: Tensor, kind: str, left: int) -> Tensor:

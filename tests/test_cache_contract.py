@@ -383,6 +383,22 @@ def test_refused_in_a_sentence():
             call()
 
 
+def test_caches_of_other_sizes_do_not_join():
+    cache = filled(small_model("dense"), tokens(1, 9))
+    for name, value in (
+        ("ssm_state_size", 8),
+        ("mamba_head_dim", 16),
+        ("conv_kernel", 3),
+        ("num_key_value_heads", 4),
+        ("head_dim", 8),
+    ):
+        other = filled(small_model("dense", **{name: value}), tokens(1, 5))
+        with pytest.raises(
+            ValueError, match=r"A row of layer [03] is .* in cache 1 and .* in cache 0: join caches of one"
+        ):
+            NemotronHCache.concat([cache, other])
+
+
 def test_continuous_batching_says_what_stops_it():
     """And the library's own words, which are what it would say if we let it try."""
     model = small_model("dense")
