@@ -363,7 +363,8 @@ def save(
 
     Args:
         model: whose cache it is, or its config (then any weights may load it).
-        token_ids: (L,) or (B, L) the tokens it has seen; their number is checked, and a digest of them kept.
+        token_ids: (B, L) the tokens it has seen, or (L,) of one row; their number is checked, and a digest
+            of them kept.
         keep_ids: write the ids themselves too.
 
     Raises:
@@ -384,7 +385,7 @@ def write(
             f"The cache is of the pattern {_pattern(snapshot.kinds)} and the model's is {_pattern(kinds)}: pass the "
             "model that filled it."
         )
-    ids = None if token_ids is None else _ids(token_ids, snapshot.length)
+    ids = None if token_ids is None else _ids(token_ids, snapshot.batch_size, snapshot.length)
     tensors: dict[str, Tensor] = {}
     for index, pair in enumerate(snapshot.layers):
         if pair is not None:
@@ -486,10 +487,12 @@ def read(path: str | Path, model: Any, *, token_ids: Any = None, digest: str = "
     _check_state_dtype(path, found, config)
     length = int(found["token_count"])
     if token_ids is not None:
-        count = _flat(token_ids).shape[-1]
-        if count != length:
-            raise ValueError(f"{path} is the state after {length} tokens and token_ids has {count}: pass the same.")
-        if found["tokens"] and found["tokens"] != _ids_digest(_ids(token_ids, length)):
+        ids, rows = _flat(token_ids), int(found["batch_size"])
+        if ids.shape != (rows, length):
+            raise ValueError(
+                f"{path} is the state after {(rows, length)} tokens and token_ids is {tuple(ids.shape)}: pass the same."
+            )
+        if found["tokens"] and found["tokens"] != _ids_digest(ids):
             raise ValueError(f"{path} is the state after {length} other tokens: pass those that it was saved with.")
     kinds = tuple(config.layers_block_type)
     layers: list[Pair | None] = []
@@ -586,16 +589,16 @@ def _dtypes(snapshot: Snapshot) -> tuple[str, str]:
 
 def _flat(token_ids: Any) -> Tensor:
     ids = torch.as_tensor(token_ids, dtype=torch.int64).cpu()
-    return ids[None] if ids.dim() == 1 else ids
+    return (ids.view(1, -1) if ids.dim() < 2 else ids).contiguous()
 
 
-def _ids(token_ids: Any, length: int) -> Tensor:
+def _ids(token_ids: Any, rows: int, length: int) -> Tensor:
     ids = _flat(token_ids)
-    if ids.shape[-1] != length:
+    if ids.shape != (rows, length):
         raise ValueError(
-            f"token_ids has {ids.shape[-1]} tokens and the cache has seen {length}: pass those that are in it."
+            f"token_ids is {tuple(ids.shape)} and the cache has seen {(rows, length)}: pass those that are in it."
         )
-    return ids.contiguous()
+    return ids
 
 
 def _ids_digest(ids: Tensor) -> str:

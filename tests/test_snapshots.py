@@ -388,13 +388,20 @@ def test_files_of_another_text(saved):
     model, ids, path = saved
     NemotronHCache.load(path, model, token_ids=ids)
     NemotronHCache.load(path, model, token_ids=ids[0].tolist())
-    load_refused(path, model, "after 20 tokens and token_ids has 19", token_ids=ids[:, :19])
+    load_refused(path, model, r"after \(1, 20\) tokens and token_ids is \(1, 19\)", token_ids=ids[:, :19])
     load_refused(path, model, "after 20 other tokens", token_ids=tokens(1, 20, seed=3))
-    with pytest.raises(ValueError, match="token_ids has 3 tokens and the cache has seen 20"):
+    with pytest.raises(ValueError, match=r"token_ids is \(1, 3\) and the cache has seen \(1, 20\)"):
         filled(model, ids).save(path, model=model, token_ids=[1, 2, 3])
     with pytest.raises(ValueError, match=r"pattern M-M\*-M- and the model's is MM-M"):
         filled(model, ids).save(path, model=small_model("mamba"))
     NemotronHCache.load(path, model, token_ids=ids)  # what was refused left the file alone
+    two = tokens(2, 20)
+    for wrong in (two[:1], two[0], two[[0, 1, 0]], two[None]):
+        with pytest.raises(ValueError, match=r"and the cache has seen \(2, 20\): pass those"):
+            filled(model, two).save(path, model=model, token_ids=wrong)
+    filled(model, two).save(path, model=model)
+    load_refused(path, model, r"after \(2, 20\) tokens and token_ids is \(1, 20\)", token_ids=two[:1])
+    NemotronHCache.load(path, model, token_ids=two)
 
 
 def test_what_a_file_says_of_itself(saved):
