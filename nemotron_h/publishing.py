@@ -88,6 +88,11 @@ def publish(
             path among what the card would say; a folder that is not empty.
     """
     adapter = hasattr(model, "peft_config")
+    if adapter and not hasattr(model, "get_base_model"):
+        raise ValueError(
+            f"{type(model).__name__} has adapters by add_adapter(), which publish() does not take: wrap the model with "
+            "peft.get_peft_model() instead, or use model.push_to_hub()."
+        )
     inner = model.get_base_model() if adapter else model
     kind = getattr(getattr(inner, "config", None), "model_type", type(inner).__name__)
     if kind != "nemotron_h":
@@ -370,9 +375,13 @@ def _own_quantisation(inner: Any, adapter: bool) -> str | None:
 
     stored = getattr(inner.config, "quantization_config", None)
     method = stored.get("quant_method") if isinstance(stored, Mapping) else getattr(stored, "quant_method", None)
-    if method not in (QUANT_METHOD, MODELOPT) or (adapter and not inner.hf_quantizer.pre_quantized):
+    if method not in (QUANT_METHOD, MODELOPT) or (adapter and not _stored_packed(inner)):
         return None
     return str(method)
+
+
+def _stored_packed(inner: Any) -> bool:
+    return getattr(getattr(inner, "hf_quantizer", None), "pre_quantized", True)
 
 
 def _chat_format(tokenizer: Any) -> str:

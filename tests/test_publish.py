@@ -491,6 +491,9 @@ def test_refusals(tmp_path, monkeypatch) -> None:
     (tmp_path / "b" / "x").touch()
     with pytest.raises(ValueError, match="is there already"):
         nemotron_h.publish(model, tmp_path / "b")
+    model.peft_config = {}  # as of transformers' own add_adapter
+    with pytest.raises(ValueError, match=r"has adapters by add_adapter\(\).*peft.get_peft_model"):
+        nemotron_h.publish(model, tmp_path / "a")
     with pytest.raises(ValueError, match="knows nemotron_h alone"):
         nemotron_h.publish(torch.nn.Linear(1, 1), tmp_path / "a")
 
