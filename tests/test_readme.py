@@ -117,7 +117,8 @@ def speed_table() -> str:
     rows.append(f"| `generate()` with the bundled model | {' | '.join(shown)} | |")
     copying = read("speculation")["speedups"]["9B dimensions, bfloat16"]
     shown = [f"{copying[way]['tokens_per_second']:.1f}" for way in ("prompt lookup", "plain")]
-    rows.append(f"| text that repeats itself, bf16, with prompt lookup (without) | {shown[0]} ({shown[1]}) | refused | |")
+    name = "text that repeats itself, bf16, with prompt lookup (without)"
+    rows.append(f"| {name} | {shown[0]} ({shown[1]}) | refused | |")
     machine = read("decode")["environment"]
     bf16 = "with" if machine["bf16_instructions"] else "without"
     rows += [
