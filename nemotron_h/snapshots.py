@@ -194,7 +194,9 @@ def _check_fits(cache: NemotronHCache, snapshot: Snapshot) -> None:
 
 
 def _misfit(snapshot: Snapshot, config: NemotronHConfig) -> str:
-    """The first tensor that is not what the config says, or "": whatever reads a state takes its sizes from there."""
+    """The first tensor that is not what the config says, or ""."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return ""  # a layer that is split over processes holds a part of the heads, of which the config says nothing
     heads, width, state = config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size
     window = heads * width + 2 * config.n_groups * state, config.conv_kernel - 1
     keys = config.num_key_value_heads, snapshot.length, config.head_dim

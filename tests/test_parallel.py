@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from nemotron_h import parallel
+from nemotron_h import NemotronHCache, parallel
 
 pytestmark = pytest.mark.core
 
@@ -57,7 +57,7 @@ def step(model):
 
 
 def answers(model):
-    """Logits and greedy ids."""
+    """Logits, also after a snapshot, and greedy ids."""
     prompt = {name: batch()[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         logits = model(**prompt).logits
@@ -65,7 +65,11 @@ def answers(model):
         static = model.generate(
             **prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, cache_implementation="static"
         )
-    return {"logits": logits, "ids": ids, "static": static}
+        cache, other = NemotronHCache(model.config), NemotronHCache(model.config)
+        model(prompt["input_ids"][:, :-1], cache=cache)
+        other.restore(cache.snapshot())
+        restored = model(prompt["input_ids"][:, -1:], cache=other).logits
+    return {"logits": logits, "ids": ids, "static": static, "restored": restored}
 
 
 def shards(model):
@@ -102,6 +106,7 @@ def test_two_processes_are_one(case, runs):
         assert two["gradients"].keys() == one["gradients"].keys() == two["exact"]["gradients"].keys()
         for name, expected in one["gradients"].items():
             torch.testing.assert_close(two["gradients"][name], expected, rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(two["restored"], one["restored"], rtol=1e-5, atol=1e-5)
         assert torch.equal(two["ids"], one["ids"])
         assert torch.equal(two["static"], one["ids"])
         # float32 sums in another order; float64 shows that nothing else differs
