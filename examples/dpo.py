@@ -28,10 +28,9 @@ from pathlib import Path
 
 import torch
 from finetune_lora import merged_model
-from finetuning import accuracy, read_answer, read_jsonl, replies, require_checkpoint, write_folder, write_json
+from finetuning import accuracy, plot, read_answer, read_jsonl, replies, require_checkpoint, write_folder, write_json
 from preferences import (
     add_common_options,
-    plot,
     question_of,
     read_problems,
     require,

@@ -140,8 +140,8 @@ def hub_name(text: str) -> str:
     return text
 
 
-def plot_loss(history: Sequence[dict], path: Path, title: str) -> bool:
-    """Write a Trainer's logged losses as PNG; False where matplotlib is not installed."""
+def plot(history: Sequence[dict], path: Path, title: str, labels: dict[str, str], yscale: str = "linear") -> bool:
+    """Write what a Trainer logged under some keys as PNG, a panel a key; False where matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -149,17 +149,24 @@ def plot_loss(history: Sequence[dict], path: Path, title: str) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    axes.plot(*zip(*points, strict=True) if points else ([], []))
-    axes.set(xlabel="step", ylabel="loss of the replies' tokens", title=title, yscale="log")
-    axes.grid(alpha=0.3)
+    figure, panels = pyplot.subplots(1, len(labels), figsize=(2 + 5 * len(labels), 4), squeeze=False)
+    for axes, (key, label) in zip(panels[0], labels.items(), strict=True):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        axes.plot(*zip(*points, strict=True) if points else ([], []))
+        axes.set(xlabel="step", ylabel=label, yscale=yscale)
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
     figure.tight_layout()
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format="png", dpi=120)
     pyplot.close(figure)
     temporary.replace(path)
     return True
+
+
+def plot_loss(history: Sequence[dict], path: Path, title: str) -> bool:
+    """`plot` of a Trainer's logged losses."""
+    return plot(history, path, title, {"loss": "loss of the replies' tokens"}, yscale="log")
 
 
 def write_folder(path: Path, save: Callable[[str], object]) -> None:

@@ -24,10 +24,9 @@ import time
 
 import torch
 from finetune_lora import merged_model
-from finetuning import replies, require_checkpoint, write_folder, write_json
+from finetuning import plot, replies, require_checkpoint, write_folder, write_json
 from preferences import (
     add_common_options,
-    plot,
     question_of,
     read_problems,
     require,

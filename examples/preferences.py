@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
 
 from finetuning import read_jsonl
@@ -80,27 +79,3 @@ def require(*packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise SystemExit(f"This example needs {', '.join(missing)}: pip install {' '.join(missing)}")
-
-
-def plot(history: Sequence[dict], path: Path, title: str, labels: dict[str, str]) -> bool:
-    """Write what a Trainer logged under some keys as PNG, a panel a key; False where matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(labels), figsize=(5 * len(labels), 4), squeeze=False)
-    for axes, (key, label) in zip(panels[0], labels.items(), strict=True):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        axes.plot(*zip(*points, strict=True) if points else ([], []))
-        axes.set(xlabel="step", ylabel=label)
-        axes.grid(alpha=0.3)
-    figure.suptitle(title)
-    figure.tight_layout()
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=120)
-    pyplot.close(figure)
-    temporary.replace(path)
-    return True

@@ -179,11 +179,13 @@ class MambaLayer(LinearAttentionCacheLayerMixin):
 
     def check_crop(self, tokens_to_remove: int) -> None:
         """Raises `RuntimeError` where `crop` could not take so many tokens back, `ValueError` for a positive number."""
-        number = abs(tokens_to_remove)
         _check_sign(tokens_to_remove)
-        if number <= self.recorded and (number == 0 or self._record is None or self._record.can_replay):
+        number = -tokens_to_remove
+        if number == 0:
             return
-        if number <= self.recorded:
+        if self._record is not None and number <= self._record.length:
+            if self._record.can_replay:
+                return
             raise RuntimeError(
                 f"crop({tokens_to_remove}) asks a Mamba layer to make its state again, and the model that made it is "
                 "gone: keep the model as long as its cache."

@@ -49,7 +49,7 @@ def mamba_step(
         and conv_weight_CK.shape[1] <= native.MOST_TAPS
         and all(t is None or t.dtype == dtype for t in same)
         and all(t.dtype == torch.float32 for t in exact)
-        and window_BCW.shape == (projected.shape[0], *conv_weight_CK.shape[:1], conv_weight_CK.shape[1] - 1)
+        and window_BCW.shape == (projected.shape[0], conv_weight_CK.shape[0], conv_weight_CK.shape[1] - 1)
         and projected.shape[0] == state_BHPN.shape[0]
         and A_log_H.shape == state_BHPN.shape[1:2]
         and norm_weight_I.shape[0] == state_BHPN.shape[1] * state_BHPN.shape[2]
