@@ -42,6 +42,7 @@ class Counting(TorchDispatchMode):
         super().__init__()
         self.operations: list[str] = []
         self.allocations: list[Allocation] = []
+        self._alive: list[torch.UntypedStorage] = []  # or an address would be given out again, and name two storages
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -50,6 +51,7 @@ class Counting(TorchDispatchMode):
         for t in tree_leaves(result):
             if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given and t.untyped_storage().nbytes():
                 storage = t.untyped_storage()
+                self._alive.append(storage)
                 self.allocations.append(
                     Allocation(str(func), storage.nbytes(), sum(given.values()), storage.data_ptr())
                 )
