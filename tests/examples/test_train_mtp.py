@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -174,11 +175,11 @@ def test_what_is_measured(bundled, capsys, monkeypatch) -> None:
 
 
 def test_evaluate_only(written: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    weights = (written / "mtp.safetensors").read_bytes()
-    run(monkeypatch, written, "--evaluate-only", "--held-out", "1", "--drafts", "1")
-    assert "| 1 | " in (written / "README.md").read_text()
-    assert re_measured(written) == [1] and "1 drafts at a time" in capsys.readouterr().out
-    assert (written / "mtp.safetensors").read_bytes() == weights
+    output = Path(shutil.copytree(written, tmp_path / "head"))
+    run(monkeypatch, output, "--evaluate-only", "--held-out", "1", "--drafts", "1")
+    assert "| 1 | " in (output / "README.md").read_text()
+    assert re_measured(output) == [1] and "1 drafts at a time" in capsys.readouterr().out
+    assert (output / "mtp.safetensors").read_bytes() == (written / "mtp.safetensors").read_bytes()
     with pytest.raises(SystemExit, match=r"There is no model in .*: leave --evaluate-only out"):
         run(monkeypatch, tmp_path / "none", "--evaluate-only")
 
