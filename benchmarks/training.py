@@ -125,7 +125,7 @@ def mamba(report: Report, options: Any, length: int) -> None:
 def head_step(how: str, vocabulary: int, width: int, tokens: int) -> tuple[float, Tensor, Tensor, dict[str, float]]:
     """A loss and its gradients by hidden states and weight, with bytes at the peak and seconds."""
     generator = torch.Generator().manual_seed(0)
-    head = losses.NemotronHLinear(width, vocabulary, bias=False)
+    head = torch.nn.Linear(width, vocabulary, bias=False)
     with torch.no_grad():
         head.weight.normal_(std=0.1, generator=generator)
     x_BLD = torch.randn(1, tokens, width, generator=generator).requires_grad_()

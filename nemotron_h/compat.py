@@ -71,10 +71,6 @@ def causal_mask(
     return create_causal_mask(config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
 
 
-WANT_PLAIN_LINEARS = ("bitsandbytes", "fp8")
-"""Quantisation methods whose code in `transformers` asks for `type(module) is nn.Linear` and passes over a subclass."""
-
-
 def let_peft_adapt() -> None:
     """Let PEFT adapt what its rules for Mamba models forbid and what it does not know, once it is imported; idempotent.
 
@@ -133,7 +129,6 @@ class NemotronHCausalLMOutput(MoeCausalLMOutputWithPast):
 __all__ = [
     "CACHE_NAME",
     "CACHE_NAMES",
-    "WANT_PLAIN_LINEARS",
     "DummyLayer",
     "NemotronHCausalLMOutput",
     "NemotronHModelOutput",

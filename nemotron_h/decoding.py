@@ -2,32 +2,37 @@
 
 A layer's parts called one by one cost some 100 us of Python and dispatch; where a model is small, that is most of a
 token. `steps` gives the layers as they are, or, for a few tokens on a CPU, stretches of them that native.c runs at
-once, with the results of the calls bit for bit. A stretch asks every time whether a call of each of its modules would
-be that class's forward and nothing else (no hook, no adapter), and otherwise calls them.
+once, with the results of the calls bit for bit.
+
+A stretch is made from what hangs on its modules: attributes, parameters, hooks, and the functions of their classes.
+Right before it runs, all of that is compared with what it was made from, and where anything differs it is made again.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 from transformers import Cache
 from transformers.activations import ReLUSquaredActivation
 
 from .cache import GrowingLayer, MambaLayer
-from .layers import NemotronHConv1d, NemotronHLinear, NemotronHRMSNorm, NemotronHRMSNormGated, unchanged
+from .layers import NemotronHConv1d, NemotronHRMSNorm, NemotronHRMSNormGated, is_called_plainly
 from .ops import FEW_TOKENS, native
 from .ops.linear import few_rows
-
-LINEAR_CLASSES: list[type[nn.Linear]] = [NemotronHLinear]
-"""Classes of linear layers whose `weight` (and `weight_scale`) `native.linear` multiplies by."""
+from .ops.quantized import packed_dtypes, packed_shapes
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_plans: weakref.WeakKeyDictionary[nn.ModuleList, tuple[list[nn.Module], list[Any]]] = weakref.WeakKeyDictionary()
+_plans: weakref.WeakKeyDictionary[nn.ModuleList, tuple[list[nn.Module], list[_Run | _Called]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def steps(
@@ -44,59 +49,114 @@ def steps(
         or torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
         or getattr(cache, "offloading", False)
+        or not _is_ours(cache)
         or not native.serves(x_BLD)
         or torch_module._has_any_global_hook()
+        or F.linear is not torch._C._nn.linear
     ):
         return layers
+    return _stretches(layers, plainly_causal)
+
+
+def _is_ours(cache: Cache) -> bool:
+    """Whether what is seen goes into the cache's layers and nowhere else: nobody's `update` in between."""
+    return type(cache).update is Cache.update and "update" not in cache.__dict__
+
+
+def _stretches(layers: nn.ModuleList, plainly_causal: bool) -> Iterator[Callable[..., Tensor]]:
     known = _plans.get(layers)
     now = list(layers._modules.values())
-    if known is None or known[0] != now or not all(step.same_parts() for step in known[1] if isinstance(step, _Run)):
+    if known is None or known[0] != now:
         known = _plans[layers] = now, _plan(now)
-    if plainly_causal:
-        return known[1]
-    return [part for step in known[1] for part in (step.blocks if getattr(step, "attends", False) else (step,))]
+    for step in known[1]:
+        stretch: list[Any] = [step]
+        if not step.is_as_it_was():
+            # From here on this part as it is now; with its neighbours again, as far as they go, the next time.
+            _plans.pop(layers, None)
+            stretch = _plan(step.blocks)
+        for part in stretch:
+            if isinstance(part, _Run) and (plainly_causal or not part.attends):
+                yield part
+            else:
+                yield from part.blocks
 
 
-def _plan(blocks: Iterable[Any]) -> list[Any]:
+def _plan(blocks: Iterable[Any]) -> list[_Run | _Called]:
     """Neighbours that `_Run` takes as one of it, the others as they are."""
-    found: list[Any] = []
-    run: list[tuple[Any, _Parts]] = []
+    found: list[_Run | _Called] = []
+    run: list[_Parts] = []
     for block in [*blocks, None]:
-        parts = _Parts.of(block) if block is not None else None
-        if run and (parts is None or parts.dtype != run[0][1].dtype):
+        parts = _Parts(block) if block is not None else None
+        if run and (parts is None or not parts.fit or (parts.dtype, parts.width) != (run[0].dtype, run[0].width)):
             found.append(_Run(run))
             run = []
-        if parts is not None:
-            run.append((block, parts))
-        elif block is not None:
-            found.append(block)
+        if parts is not None and parts.fit:
+            run.append(parts)
+        elif parts is not None:
+            found.append(_Called([parts]))
     return found
 
 
-class _Run:
-    """Neighbouring layers, called like one."""
+class _Called:
+    """Layers, with all that was looked at to see how they are to be called."""
 
-    def __init__(self, members: list[tuple[Any, _Parts]]) -> None:
-        self.blocks = [block for block, _ in members]
-        self.dtype = members[0][1].dtype
-        self.attends = any(parts.struct.kind == native.ATTENTION for _, parts in members)
-        self._members = [
-            (parts.struct.kind, block.mixer.layer_idx) for block, parts in members if parts.struct.kind != native.MLP
+    def __init__(self, members: list[_Parts]) -> None:
+        self.blocks = [parts.block for parts in members]
+        self._modules = [module for parts in members for module in parts.modules]
+        self._tensors = [tensor for parts in members for tensor in parts.tensors]
+        self._classes = list(dict.fromkeys(map(type, self._modules)))
+        self._dicts = [
+            part
+            for module in self._modules
+            for part in (module.__dict__, *(module.__dict__[name] for name in _PARTS_OF_A_MODULE))
         ]
-        self._modules = [entry for _, parts in members for entry in parts.modules]
-        self._places = [entry for _, parts in members for entry in parts.places]
-        self._tensors = [entry for _, parts in members for entry in parts.tensors]
-        self._structs = (native.Block * len(members))(*(parts.struct for _, parts in members))
-        self._remembering = [i for i, (_, parts) in enumerate(members) if parts.struct.kind != native.MLP]
+        self._then = self._now()
 
-    def same_parts(self) -> bool:
-        """Whether every module is still in its place, and every parameter where the structs point."""
-        return all(owner.get(name) is part for owner, name, part in self._places) and all(
-            tensor.data_ptr() == address for tensor, address in self._tensors
+    def _now(self) -> tuple[list[Any], list[Any]]:
+        """Everything that decides what the layers compute: what is one and the same object, and what is equal."""
+        tensors = self._tensors
+        return (
+            [
+                *map(type, self._modules),
+                *map(attrgetter("forward"), self._classes),
+                *map(attrgetter("__call__"), self._classes),
+                *chain.from_iterable(map(dict.values, self._dicts)),
+            ],
+            [
+                *map(Tensor.data_ptr, tensors),
+                *map(Tensor.size, tensors),
+                *map(Tensor.is_contiguous, tensors),
+                *map(Tensor.is_neg, tensors),
+                *map(attrgetter("dtype"), tensors),
+            ],
         )
 
+    def is_as_it_was(self) -> bool:
+        (same, equal), (same_now, equal_now) = self._then, self._now()
+        return len(same) == len(same_now) and all(map(is_, same, same_now)) and equal == equal_now
+
+
+_PARTS_OF_A_MODULE = (
+    *("_parameters", "_buffers", "_modules"),
+    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
+)
+
+
+class _Run(_Called):
+    """Neighbouring layers, called like one."""
+
+    def __init__(self, members: list[_Parts]) -> None:
+        super().__init__(members)
+        self.dtype, self.width = members[0].dtype, members[0].width
+        self.attends = any(parts.struct.kind == native.ATTENTION for parts in members)
+        self._members = [
+            (parts.struct.kind, parts.block.mixer.layer_idx) for parts in members if parts.struct.kind != native.MLP
+        ]
+        self._structs = (native.Block * len(members))(*(parts.struct for parts in members))
+        self._remembering = [i for i, parts in enumerate(members) if parts.struct.kind != native.MLP]
+
     def __call__(self, x_BLD: Tensor, *, cache: Cache, **kwargs: Any) -> Tensor:
-        if x_BLD.dtype == self.dtype and all(unchanged(module, kind) for module, kind in self._modules):
+        if x_BLD.dtype == self.dtype and x_BLD.shape[-1] == self.width:
             structs = type(self._structs).from_buffer_copy(self._structs)  # of this call: threads may share a model
             layers = [(kind, cache.layers[idx]) for kind, idx in self._members]
             ready = zip(layers, self._remembering, strict=True)
@@ -144,7 +204,7 @@ def _point_at(struct: native.Block, kind: int, layer: Any, x_BLD: Tensor) -> boo
             or window.requires_grad
             or state.requires_grad
             or not (window.is_cpu and state.is_cpu and window.is_contiguous() and state.is_contiguous())
-            or window.numel() != window.shape[0] * sizes.width * (struct.first.N - struct.last.K - sizes.heads)
+            or window.shape != (x_BLD.shape[0], struct.first.N - struct.last.K - sizes.heads, sizes.width)
             or state.shape[1:] != (sizes.heads, sizes.head_dim, sizes.state)
         ):
             return False
@@ -165,114 +225,124 @@ def _point_at(struct: native.Block, kind: int, layer: Any, x_BLD: Tensor) -> boo
 
 
 class _Parts:
-    """What native.c needs of one block, and what has to stay as it is for that."""
+    """What native.c needs of one block, and the modules and tensors that were looked at for it."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, block: Any) -> None:
+        self.block = block
         self.struct = native.Block()
-        self.modules: list[tuple[nn.Module, type[nn.Module]]] = []
-        self.places: list[tuple[dict[str, Any], str, Any]] = []  # modules and parameters, by their owners' dictionaries
-        self.tensors: list[tuple[Tensor, int]] = []
-
-    @classmethod
-    def of(cls, block: Any) -> _Parts | None:
-        """None for a block that must be called: other classes, biases, dtypes or activations than native.c knows."""
+        self.modules: list[nn.Module] = []
+        self.tensors: list[Tensor] = []
         try:
-            parts = cls(block.norm.weight.dtype)
-            parts._block(block)
-        except (_NotThisOne, AttributeError, KeyError):
-            return None
-        return parts
+            self.width, self.dtype = self._block(block)
+            self.fit = True  # or the block must be called: other classes, biases, dtypes, sizes than native.c knows
+        except (_NotThisOneError, AttributeError, KeyError, TypeError):
+            self.fit = False
 
-    def _block(self, block: Any) -> None:
+    def _block(self, block: Any) -> tuple[int, torch.dtype]:
         from . import modeling
 
-        _require(type(block) is modeling.NemotronHBlock and self.dtype in _DTYPES)
-        _require(not block.residual_in_fp32 or self.dtype == torch.float32)
-        self.modules.append((block, modeling.NemotronHBlock))
-        mixer, struct = self._part(block, "mixer"), self.struct
+        self._module(block, modeling.NemotronHBlock)
+        mixer, norm, struct = block._modules["mixer"], self._part(block, "norm", NemotronHRMSNorm), self.struct
+        dtype = norm.weight.dtype
+        _require(dtype in _DTYPES and (not block.residual_in_fp32 or dtype == torch.float32))
+        self.dtype, self.width = dtype, norm.weight.numel()
+        struct.norm, struct.eps = self._tensor(norm, (self.width,)), norm.variance_epsilon
         kinds: dict[type[nn.Module], Callable[[Any], None]] = {
             modeling.NemotronHMamba2Mixer: self._mamba,
             modeling.NemotronHAttention: self._attention,
             modeling.NemotronHMLP: self._mlp,
         }
-        _require(type(mixer) in kinds)
-        norm = self._part(block, "norm", NemotronHRMSNorm)
-        struct.norm, struct.eps = self._tensor(norm), norm.variance_epsilon
+        self._module(mixer, type(mixer))
         kinds[type(mixer)](mixer)
+        return self.width, dtype
 
     def _mamba(self, mixer: Any) -> None:
-        struct, conv = self.struct, self._part(mixer, "conv1d", NemotronHConv1d)
+        struct = self.struct
+        conv, norm = self._part(mixer, "conv1d", NemotronHConv1d), self._part(mixer, "norm", NemotronHRMSNormGated)
+        groups, heads, taps = mixer.n_groups, mixer.num_heads, conv.weight.shape[-1]
+        inner, channels = heads * mixer.head_dim, heads * mixer.head_dim + 2 * groups * mixer.ssm_state_size
+        _require(conv.activation in ("silu", "swish") and 1 < taps <= native.MOST_TAPS)
+        _require(norm.n_groups == groups > 0 and heads % groups == 0 and type(mixer.time_step_limit) is tuple)
+        _require((mixer.intermediate_size, mixer.conv_dim) == (inner, channels))
         struct.kind = native.MAMBA
-        struct.first, struct.last = self._linear(mixer, "in_proj"), self._linear(mixer, "out_proj")
-        _require(conv.activation in ("silu", "swish") and conv.weight.shape[-1] <= native.MOST_TAPS)
-        struct.conv_weight = self._tensor(conv)
-        struct.conv_bias = 0 if conv.bias is None else self._tensor(conv, "bias")
-        struct.gated_norm = self._tensor(self._part(mixer, "norm", NemotronHRMSNormGated))
+        struct.first = self._linear(mixer, "in_proj", inner + channels + heads, self.width)
+        struct.last = self._linear(mixer, "out_proj", self.width, inner)
+        struct.conv_weight = self._tensor(conv, (channels, 1, taps))
+        struct.conv_bias = 0 if conv.bias is None else self._tensor(conv, (channels,), "bias")
+        struct.gated_norm = self._tensor(norm, (inner,))
         for name in ("dt_bias", "A_log", "D"):
-            setattr(struct, name, self._tensor(mixer, name, torch.float32))
-        struct.mamba = native.Mamba(
-            mixer.num_heads,
-            mixer.head_dim,
-            mixer.n_groups,
-            mixer.ssm_state_size,
-            conv.weight.shape[-1] - 1,
-            *mixer.time_step_limit,
-            mixer.norm.variance_epsilon,
-        )
+            setattr(struct, name, self._tensor(mixer, (heads,), name, torch.float32))
+        sizes = heads, mixer.head_dim, groups, mixer.ssm_state_size, taps - 1
+        struct.mamba = native.Mamba(*sizes, *mixer.time_step_limit, norm.variance_epsilon)
 
     def _attention(self, mixer: Any) -> None:
-        struct = self.struct
+        struct, head_dim = self.struct, mixer.head_dim
+        _require(head_dim > 0 and head_dim % 16 == 0)
         struct.kind = native.ATTENTION
-        struct.first, struct.last = self._linear(mixer, "q_proj"), self._linear(mixer, "o_proj")
-        struct.key, struct.value = self._linear(mixer, "k_proj"), self._linear(mixer, "v_proj")
-        struct.head_dim, struct.scale = mixer.head_dim, mixer.scaling
-        struct.key_heads = struct.key.N // mixer.head_dim
-        _require(mixer.head_dim % 16 == 0)
+        struct.first = self._linear(mixer, "q_proj", None, self.width)
+        struct.last = self._linear(mixer, "o_proj", self.width)
+        struct.key, struct.value = (self._linear(mixer, name, None, self.width) for name in ("k_proj", "v_proj"))
+        queries, keys = struct.first.N, struct.key.N
+        _require(struct.last.K == queries and struct.value.N == keys > 0)
+        _require(keys % head_dim == 0 and queries % keys == 0)
+        struct.head_dim, struct.scale, struct.key_heads = head_dim, mixer.scaling, keys // head_dim
 
     def _mlp(self, mixer: Any) -> None:
-        self.struct.kind = native.MLP
-        self.struct.first, self.struct.last = self._linear(mixer, "up_proj"), self._linear(mixer, "down_proj")
         self._part(mixer, "act_fn", ReLUSquaredActivation)
+        self.struct.kind = native.MLP
+        self.struct.first = self._linear(mixer, "up_proj", None, self.width)
+        self.struct.last = self._linear(mixer, "down_proj", self.width, self.struct.first.N)
 
-    def _linear(self, mixer: Any, name: str) -> native.Weight:
+    def _linear(self, mixer: Any, name: str, rows: int | None, columns: int | None = None) -> native.Weight:
+        """A linear layer's weight of so many rows (N) and columns (K), read from the tensor; None for any number."""
         linear = self._part(mixer, name)
-        _require(type(linear) in LINEAR_CLASSES and linear.bias is None)
-        scale = linear._parameters.get("weight_scale")
-        self._tensor(linear, dtype=self.dtype if scale is None else linear.weight.dtype)
-        if scale is not None:
-            self._tensor(linear, "weight_scale", scale.dtype)
-        return native.weight(linear.weight, linear.in_features, scale)
+        _require(type(linear) is nn.Linear or getattr(type(linear), "readable_weight", False))
+        _require(linear.bias is None)
+        weight, scale = linear.weight, linear._parameters.get("weight_scale")
+        n, k = weight.shape
+        if scale is None:
+            self._tensor(linear, (n, k))
+        else:
+            k = linear.in_features
+            shapes, dtypes = packed_shapes(linear.bits, n, k), packed_dtypes(linear.bits)
+            self._tensor(linear, shapes[0], dtype=dtypes[0])
+            self._tensor(linear, shapes[1], "weight_scale", dtypes[1])
+        _require(n == (n if rows is None else rows) and k == (k if columns is None else columns) and n > 0 < k)
+        return native.weight(weight, k, scale)
 
     def _part(self, owner: nn.Module, name: str, kind: type[nn.Module] | None = None) -> Any:
-        """A module that has to be of a class, stay where it is and be called as its class says."""
-        part = owner._modules[name]
-        assert part is not None
-        _require(kind is None or type(part) is kind)
-        self.places.append((owner._modules, name, part))
-        self.modules.append((part, type(part)))
+        part: Any = owner._modules[name]
+        self._module(part, kind or type(part))
         return part
 
-    def _tensor(self, module: nn.Module, name: str = "weight", dtype: torch.dtype | None = None) -> int:
-        """The address of a parameter that is plain and of the run's dtype, or of the one that is named."""
+    def _module(self, module: Any, kind: type[nn.Module]) -> None:
+        """A module that has to be of a class and called as its class says."""
+        self.modules.append(module)
+        _require(is_called_plainly(module, kind))
+
+    def _tensor(
+        self, module: nn.Module, shape: tuple[int, ...], name: str = "weight", dtype: torch.dtype | None = None
+    ) -> int:
+        """The address of a parameter that is plain, of that shape, and of the run's dtype or another that is named."""
         tensor = module._parameters[name]
+        assert tensor is not None
+        self.tensors.append(tensor)
         _require(
             type(tensor) is nn.Parameter
             and tensor.is_cpu
             and tensor.layout is torch.strided
             and tensor.is_contiguous()
+            and not tensor.is_neg()
+            and tensor.shape == shape
             and tensor.dtype == (dtype or self.dtype)
         )
-        assert tensor is not None
-        self.places.append((module._parameters, name, tensor))
-        self.tensors.append((tensor, tensor.data_ptr()))
         return tensor.data_ptr()
 
 
-class _NotThisOne(Exception):
+class _NotThisOneError(Exception):
     """A block that native.c does not do."""
 
 
 def _require(condition: bool) -> None:
     if not condition:
-        raise _NotThisOne
+        raise _NotThisOneError

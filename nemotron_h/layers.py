@@ -1,15 +1,19 @@
-"""The parts that the mixers are made of: linear layers, norms, the convolution, parameters that stay float32.
+"""The parts that the mixers are made of: calls of linear layers, norms, the convolution, parameters that stay float32.
 
 Shape suffixes as in modeling.py.
 """
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules import module as torch_module
 
 from . import ops
 
@@ -19,15 +23,75 @@ def parameter_dtype() -> torch.dtype:
     return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
-def unchanged(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module is its class's forward and nothing else: no hook, no adapter, no forward of another
-    library's. Only then may its parameters be read in place of a call."""
+_own_functions: dict[type[nn.Module], tuple[Any, Any]] = {}
+
+
+def has_own_forward(kind: type[nn.Module]) -> bool:
+    """Whether a call of this class runs the functions that its own files define: libraries that speed models up or
+    trace them put others in their place, some before this package is imported."""
+    now = kind.forward, kind.__call__
+    if _own_functions.get(kind) == now:
+        return True
+    files = {getattr(sys.modules.get(cls.__module__), "__file__", None) for cls in kind.__mro__}
+    if not all(getattr(getattr(function, "__code__", None), "co_filename", "") in files for function in now):
+        return False
+    _own_functions[kind] = now
+    return True
+
+
+def is_called_plainly(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of the module is its class's forward and nothing else: no hook of any sort, no adapter, no forward
+    of another library's, on this module or on its class. Only then may its parameters be read in place of a call."""
+    attributes = module.__dict__
     return (
         type(module) is kind
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and "forward" not in module.__dict__
+        and not attributes["_forward_hooks"]
+        and not attributes["_forward_pre_hooks"]
+        and not attributes["_backward_hooks"]
+        and not attributes["_backward_pre_hooks"]
+        and "forward" not in attributes
+        and "_compiled_call_impl" not in attributes
+        and has_own_forward(kind)
+        and not torch_module._has_any_global_hook()
     )
+
+
+def project(linear: nn.Module, x: Tensor) -> Tensor:
+    """`linear(x)`, by `ops.linear` where the call would be `nn.Linear`'s and nothing else.
+
+    The layer itself stays a plain `nn.Linear`, which tools look for by its exact type. Where an adapter is around one
+    (`base_layer`, in PEFT), or weights are brought in for the call (`_old_forward`, in accelerate), that is called, and
+    the product inside it is the fast one for this call.
+    """
+    if torch.compiler.is_compiling():
+        return linear(x)
+    if _is_plain_linear(linear):
+        return ops.linear(x, cast(Tensor, linear.weight), cast(Tensor | None, linear.bias))
+    base = linear._modules.get("base_layer") or linear
+    inside, lent = base.__dict__, "forward" if base is not linear and _is_plain_linear(base) else "_old_forward"
+    before = inside.get(lent)
+    if lent == "_old_forward" and (type(base) is not nn.Linear or not _is_the_class_forward(before)):
+        return linear(x)
+    inside[lent] = functools.partial(_fast_forward, base)
+    try:
+        return linear(x)
+    finally:
+        if before is None:
+            inside.pop(lent, None)
+        else:
+            inside[lent] = before
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    return is_called_plainly(module, nn.Linear) and F.linear is torch._C._nn.linear
+
+
+def _is_the_class_forward(method: Any) -> bool:
+    return getattr(method, "__func__", None) is nn.Linear.forward and has_own_forward(nn.Linear)
+
+
+def _fast_forward(linear: Any, x: Tensor) -> Tensor:
+    return ops.linear(x, linear.weight, linear.bias)
 
 
 class Float32Parameters(nn.Module):
@@ -49,13 +113,11 @@ class Float32Parameters(nn.Module):
         return super()._apply(keep_float32, recurse=False)
 
 
-class NemotronHLinear(nn.Linear):
-    """`nn.Linear` by `ops.linear`: the same function, by the fastest path there is for so many rows."""
-
-    writes_residual = False  # True where the result is added to the residual stream; initialisation asks
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return ops.linear(x, self.weight, self.bias)
+def residual_linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
+    """A linear layer whose result is added to the residual stream; initialisation asks for the mark."""
+    linear = nn.Linear(in_features, out_features, bias=bias)
+    vars(linear)["writes_residual"] = True
+    return linear
 
 
 class NemotronHRMSNorm(nn.Module):

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from . import ops
-from .layers import NemotronHLinear, unchanged
+from .layers import is_called_plainly, project
 
 logger = logging.getLogger("nemotron_h")
 IGNORED = -100
@@ -72,7 +72,7 @@ def without_logits(
 
 def _sum(head: nn.Module, x_TD: Tensor, labels_T: Tensor) -> Tensor:
     if (
-        (unchanged(head, NemotronHLinear) or unchanged(head, nn.Linear))
+        is_called_plainly(head, nn.Linear)
         and head.bias is None
         and type(head.weight) in (Tensor, nn.Parameter)
         and head.weight.device == x_TD.device
@@ -85,7 +85,7 @@ def _sum(head: nn.Module, x_TD: Tensor, labels_T: Tensor) -> Tensor:
     rows = max(1, _PIECE_BYTES // (4 * width))
 
     def piece(x_TD: Tensor, labels_T: Tensor) -> Tensor:
-        logits_TV = head(x_TD)
+        logits_TV = project(head, x_TD)
         logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
         return F.cross_entropy(logits_TV, labels_T.to(logits_TV.device), ignore_index=IGNORED, reduction="sum")
 

@@ -28,6 +28,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -45,7 +46,6 @@ from .checkpoints import published
 from .compat import (
     CACHE_NAME,
     CACHE_NAMES,
-    WANT_PLAIN_LINEARS,
     NemotronHCausalLMOutput,
     NemotronHModelOutput,
     causal_mask,
@@ -58,11 +58,12 @@ from .decoding import steps
 from .layers import (
     Float32Parameters,
     NemotronHConv1d,
-    NemotronHLinear,
     NemotronHRMSNorm,
     NemotronHRMSNormGated,
+    is_called_plainly,
     parameter_dtype,
-    unchanged,
+    project,
+    residual_linear,
 )
 from .packing import document_ids, padding_mask, same_document, varlen_kwargs, whole_mask
 from .parallel import Distributed
@@ -97,7 +98,7 @@ class NemotronHMamba2Mixer(Float32Parameters):
         self.chunk_size = min(config.chunk_size, ops.DEFAULT_CHUNK_SIZE)
         self.time_step_limit = cast(tuple[float, float], tuple(config.time_step_limit))
 
-        self.in_proj = NemotronHLinear(config.hidden_size, config.in_proj_size, bias=config.mamba_proj_bias)
+        self.in_proj = nn.Linear(config.hidden_size, config.in_proj_size, bias=config.mamba_proj_bias)
         self.conv1d = NemotronHConv1d(
             self.conv_dim, config.conv_kernel, bias=config.use_conv_bias, activation=config.mamba_hidden_act
         )
@@ -106,8 +107,7 @@ class NemotronHMamba2Mixer(Float32Parameters):
         self.A_log = nn.Parameter(torch.zeros(self.num_heads, dtype=dtype))
         self.D = nn.Parameter(torch.ones(self.num_heads, dtype=dtype))
         self.norm = NemotronHRMSNormGated(self.intermediate_size, self.n_groups, config.layer_norm_epsilon)
-        self.out_proj = NemotronHLinear(self.intermediate_size, config.hidden_size, bias=config.mamba_proj_bias)
-        self.out_proj.writes_residual = True
+        self.out_proj = residual_linear(self.intermediate_size, config.hidden_size, bias=config.mamba_proj_bias)
 
     def forward(
         self,
@@ -130,7 +130,7 @@ class NemotronHMamba2Mixer(Float32Parameters):
         window_BCW = memory.window_BCW if memory is not None else None
         state_BHPN = memory.state_BHPN if memory is not None else None
 
-        projected = self.in_proj(x_BLD)
+        projected = project(self.in_proj, x_BLD)
         if memory is not None and memory.keeps:
             memory.open_record(length).add(self, projected[..., self.intermediate_size :].clone(), mask_BL)
         if (
@@ -140,13 +140,14 @@ class NemotronHMamba2Mixer(Float32Parameters):
             and length <= ops.FEW_TOKENS
             and mask_BL is None
             and seq_idx_BL is None
-            and unchanged(self.conv1d, NemotronHConv1d)
-            and unchanged(self.norm, NemotronHRMSNormGated)
+            and is_called_plainly(self.conv1d, NemotronHConv1d)
+            and is_called_plainly(self.norm, NemotronHRMSNormGated)
+            and self.norm.n_groups == self.n_groups
         ):
             y_BLI = self._few(projected, window_BCW, state_BHPN)
             if y_BLI is not None:
                 memory.update(window_BCW, state_BHPN, length)
-                return self.out_proj(y_BLI)
+                return project(self.out_proj, y_BLI)
         z_BLI = projected[..., : self.intermediate_size]
         y_BLHP, window_BCW, state_BHPN = self._scan(
             projected[..., self.intermediate_size :], window_BCW, state_BHPN, mask_BL, seq_idx_BL
@@ -155,7 +156,7 @@ class NemotronHMamba2Mixer(Float32Parameters):
             memory.update(window_BCW, state_BHPN, length)
 
         y_BLI = self.norm(y_BLHP.reshape(batch, length, self.intermediate_size), z_BLI)
-        return self.out_proj(y_BLI)
+        return project(self.out_proj, y_BLI)
 
     def _few(self, projected_BLK: Tensor, window_BCW: Tensor, state_BHPN: Tensor) -> Tensor | None:
         """What is between the projections for a few tokens in one call, window and state in place; None where the parts
@@ -256,11 +257,10 @@ class NemotronHAttention(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = NemotronHLinear(config.hidden_size, queries, bias=config.attention_bias)
-        self.k_proj = NemotronHLinear(config.hidden_size, keys, bias=config.attention_bias)
-        self.v_proj = NemotronHLinear(config.hidden_size, keys, bias=config.attention_bias)
-        self.o_proj = NemotronHLinear(queries, config.hidden_size, bias=config.attention_bias)
-        self.o_proj.writes_residual = True
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.o_proj = residual_linear(queries, config.hidden_size, bias=config.attention_bias)
 
     def forward(
         self,
@@ -273,13 +273,13 @@ class NemotronHAttention(nn.Module):
         """With `plainly_causal` the queries are the last of the keys' positions and see all keys before them."""
         shape = (*x_BLD.shape[:-1], -1, self.head_dim)
         q_BALQ, k_BALQ, v_BALQ = (
-            proj(x_BLD).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+            project(proj, x_BLD).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if cache is not None:
             k_BALQ, v_BALQ = cache.update(k_BALQ, v_BALQ, self.layer_idx)
         if plainly_causal:
             y_BALQ = ops.causal_attention(q_BALQ, k_BALQ, v_BALQ, self.scaling)
-            return self.o_proj(y_BALQ.transpose(1, 2).reshape(*x_BLD.shape[:-1], -1)), None
+            return project(self.o_proj, y_BALQ.transpose(1, 2).reshape(*x_BLD.shape[:-1], -1)), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager_attention)
         y_BLAQ, weights = attend(
             self,
@@ -291,7 +291,7 @@ class NemotronHAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(y_BLAQ.reshape(*x_BLD.shape[:-1], -1)), weights
+        return project(self.o_proj, y_BLAQ.reshape(*x_BLD.shape[:-1], -1)), weights
 
 
 def _eager_attention(
@@ -318,13 +318,12 @@ def _eager_attention(
 class NemotronHMLP(nn.Module):
     def __init__(self, config: NemotronHConfig, intermediate_size: int):
         super().__init__()
-        self.up_proj = NemotronHLinear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
-        self.down_proj = NemotronHLinear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.down_proj.writes_residual = True
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.down_proj = residual_linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.mlp_hidden_act]
 
     def forward(self, x: Tensor, **_: Any) -> Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(x)))
+        return project(self.down_proj, self.act_fn(project(self.up_proj, x)))
 
 
 class NemotronHTopkRouter(Float32Parameters):
@@ -414,15 +413,16 @@ class NemotronHMoE(nn.Module):
         self.shared_experts = NemotronHMLP(config, config.moe_shared_expert_intermediate_size)
         if config.moe_latent_size:
             width, latent, bias = config.hidden_size, config.moe_latent_size, config.mlp_bias
-            self.fc1_latent_proj: nn.Module = NemotronHLinear(width, latent, bias=bias)
-            self.fc2_latent_proj: nn.Module = NemotronHLinear(latent, width, bias=bias)
+            self.fc1_latent_proj: nn.Module = nn.Linear(width, latent, bias=bias)
+            self.fc2_latent_proj: nn.Module = nn.Linear(latent, width, bias=bias)
         else:
             self.fc1_latent_proj = self.fc2_latent_proj = nn.Identity()
 
     def forward(self, x_BLD: Tensor, **_: Any) -> Tensor:
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
         _logits, weights_Tk, indices_Tk = self.gate(x_TD)
-        y_TD = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(x_TD), indices_Tk, weights_Tk))
+        y_TD = self.experts(project(self.fc1_latent_proj, x_TD), indices_Tk, weights_Tk)
+        y_TD = project(self.fc2_latent_proj, y_TD)
         return y_TD.view(x_BLD.shape) + self.shared_experts(x_BLD)
 
 
@@ -528,15 +528,6 @@ class NemotronHPreTrainedModel(Distributed, PreTrainedModel):
         checkpoints with it when it resumes."""
         return super().load_state_dict(published.in_memory(state_dict, self), strict=strict, assign=assign)
 
-    def post_init(self) -> None:
-        """`PreTrainedModel.post_init`, for a model that will be quantised by somebody else as well."""
-        super().post_init()
-        method = getattr(getattr(self.config, "quantization_config", None), "quant_method", None)
-        if method in WANT_PLAIN_LINEARS:
-            for module in self.modules():
-                if type(module) is NemotronHLinear:
-                    module.__class__ = nn.Linear  # type: ignore[assignment]
-
     def named_modules(self, *args: Any, **kwargs: Any) -> Any:
         """`nn.Module.named_modules`. PEFT looks for its targets here: the moment to tell it what it may adapt."""
         let_peft_adapt()
@@ -572,7 +563,7 @@ class NemotronHPreTrainedModel(Distributed, PreTrainedModel):
             init.normal_(module.down_proj, std=std / self._residual_scale)
         elif isinstance(module, (NemotronHRMSNorm, NemotronHRMSNormGated)):
             init.ones_(module.weight)
-        elif isinstance(module, NemotronHLinear) and module.writes_residual:
+        elif isinstance(module, nn.Linear) and getattr(module, "writes_residual", False):
             # What writes to the residual stream starts smaller, by the depth (GPT-2, Megatron-LM). Said by the linear
             # itself: the library passes over modules without parameters of their own, as a block is.
             init.normal_(module.weight, std=std / self._residual_scale)
@@ -708,10 +699,13 @@ class NemotronHModel(NemotronHPreTrainedModel):
         }
 
     def _is_plainly_causal(self, x_BLD: Tensor, attention_mask: Any, cache: Cache | None) -> bool:
-        """Whether "sdpa" may run without the library's mask: inference over rows without padding, keys that end with
-        the queries. Whether a mask is all ones is asked of an accelerator before a multi-token step only."""
+        """Whether "sdpa", where it is the library's own, may run without its mask: inference over rows without padding,
+        keys that end with the queries. Whether a mask is all ones is asked of an accelerator before a multi-token step
+        only."""
         return (
             self.config._attn_implementation == "sdpa"
+            and ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", _eager_attention) is sdpa_attention_forward
+            and F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
             and not is_tracing(x_BLD)
@@ -742,7 +736,7 @@ class NemotronHMTPLayer(NemotronHBlock):
         if first:
             self.enorm = NemotronHRMSNorm(width, eps)
             self.hnorm = NemotronHRMSNorm(width, eps)
-            self.eh_proj = NemotronHLinear(2 * width, width, bias=False)
+            self.eh_proj = nn.Linear(2 * width, width, bias=False)
         if last:
             self.final_layernorm = NemotronHRMSNorm(width, eps)
         self.first, self.last = first, last
@@ -750,7 +744,7 @@ class NemotronHMTPLayer(NemotronHBlock):
     def forward(self, x_BLD: Tensor, embeds_BLD: Tensor | None = None, **kwargs: Any) -> Tensor:  # type: ignore[override]
         if self.first:
             assert embeds_BLD is not None
-            x_BLD = self.eh_proj(torch.cat([self.enorm(embeds_BLD), self.hnorm(x_BLD)], dim=-1))
+            x_BLD = project(self.eh_proj, torch.cat([self.enorm(embeds_BLD), self.hnorm(x_BLD)], dim=-1))
         x_BLD = super().forward(x_BLD, **kwargs)
         return self.final_layernorm(x_BLD.to(self.final_layernorm.weight.dtype)) if self.last else x_BLD
 
@@ -804,7 +798,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = NemotronHModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = NemotronHLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = NemotronHMultiTokenPredictor(config) if config.has_mtp else None
         self.mtp_loss_scale = getattr(config, "mtp_loss_scale", None) or 0.0
         self.post_init()
@@ -899,7 +893,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             if has_labels and self.training and skip_logits is None:
                 losses.say_once_that_logits_are_large(x_BLD.shape[:-1].numel(), self.vocab_size)
             # Two-dimensional whatever the head is by now (a resized or adapted one): see ops.linear.
-            logits_TV = self.lm_head(x_BLD.reshape(-1, x_BLD.shape[-1]))
+            logits_TV = project(self.lm_head, x_BLD.reshape(-1, x_BLD.shape[-1]))
             logits_BLV = logits_TV.view(*x_BLD.shape[:-1], logits_TV.shape[-1])
             logits_BLV = logits_BLV.to(torch.promote_types(logits_BLV.dtype, torch.float32))
             if has_labels:

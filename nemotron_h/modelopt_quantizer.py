@@ -97,7 +97,7 @@ class LowPrecisionLinear(_LowPrecision, nn.Linear):
     def __init__(self, plain: nn.Linear, how: str, specs: Mapping[str, Spec]):
         nn.Module.__init__(self)
         self.in_features, self.out_features = plain.in_features, plain.out_features
-        self.how, self.plain_class = how, type(plain)
+        self.how = how
         for name, spec in specs.items():
             self._hold(name, spec, plain.weight.device)
         self.bias = plain.bias
@@ -122,7 +122,7 @@ class LowPrecisionLinear(_LowPrecision, nn.Linear):
 
     def plain(self, dtype: torch.dtype) -> nn.Module:
         with torch.device("meta"):
-            made = self.plain_class(self.in_features, self.out_features, bias=self.bias is not None)
+            made = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
         made.weight = nn.Parameter(self.dequantize(dtype))
         if self.bias is not None:
             made.bias = self.bias

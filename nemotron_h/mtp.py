@@ -33,6 +33,7 @@ from transformers.generation.logits_process import (
 
 from . import losses
 from .cache import ROLLBACK, NemotronHCache, cache_length
+from .layers import project
 from .packing import document_ids, padding_mask, whole_mask
 
 MOST = ROLLBACK // 2
@@ -372,7 +373,7 @@ class Drafter(CandidateGenerator):
                 x_BLD = y_BLD if before is None else torch.cat([before, y_BLD], dim=1)
                 if y_BLD.shape[1] > depth:
                     self._last[depth] = y_BLD[:, y_BLD.shape[1] - 1 - depth].unsqueeze(1)
-            scores_BV = self.model.lm_head(y_BLD[:, -1]).to(input_ids.device, torch.float32)
+            scores_BV = project(self.model.lm_head, y_BLD[:, -1]).to(input_ids.device, torch.float32)
             if self.do_sample:
                 for warper in self.warpers:
                     scores_BV = warper(input_ids, scores_BV)

@@ -30,7 +30,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import ops
 from .configuration import NemotronHConfig
-from .decoding import LINEAR_CLASSES
 from .modeling import NemotronHExperts, NemotronHForCausalLM
 from .ops.quantized import packed_dtypes, packed_shapes
 
@@ -114,7 +113,7 @@ class _PackedWeights(nn.Module):
 class QuantizedLinear(_PackedWeights, nn.Linear):
     """A linear layer whose `weight` is packed integers and `weight_scale` their scales. LoRA goes on top of it."""
 
-    plain_class: type[nn.Linear] = nn.Linear  # what it stands for
+    readable_weight = True  # by decoding.py, in place of a call
     weight_scale: Tensor
 
     def __init__(
@@ -158,9 +157,6 @@ class QuantizedLinear(_PackedWeights, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}"
-
-
-LINEAR_CLASSES.append(QuantizedLinear)
 
 
 class PackedExperts(_PackedWeights):
@@ -415,12 +411,10 @@ def _packed(module: Any, bits: int, packed: bool) -> _PackedWeights:
             module.num_experts, width, inner, bits, module.act_fn,
             packed=packed, device=module.up_proj.device, dtype=module.up_proj.dtype,
         )  # fmt: skip
-    made: QuantizedLinear = QuantizedLinear(
+    return QuantizedLinear(
         module.in_features, module.out_features, bits, module.bias is not None,
         packed=packed, device=module.weight.device, dtype=module.weight.dtype,
     )  # fmt: skip
-    made.plain_class = type(module)
-    return made
 
 
 def _plain(module: Any, config: NemotronHConfig, dtype: torch.dtype) -> nn.Module:
@@ -429,7 +423,7 @@ def _plain(module: Any, config: NemotronHConfig, dtype: torch.dtype) -> nn.Modul
         if isinstance(module, QuantizedExperts):
             plain: Any = NemotronHExperts(config)
         else:
-            plain = module.plain_class(module.in_features, module.out_features, bias=module.bias is not None)
+            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
     for name, shape in module.weights().items():
         q, scale = getattr(module, name), getattr(module, f"{name}_scale")
         weight = ops.dequantize_weight(q, scale, module.bits, shape[-1], dtype)

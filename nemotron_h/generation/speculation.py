@@ -23,6 +23,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..cache import DRAFT, ROLLBACK, EmptyLayer, MambaLayer, NemotronHCache
 from ..compat import CACHE_NAME, with_every_cache_name
+from ..layers import project
 
 FIRST = ROLLBACK // 4
 """The longest draft that the step which sees the prompt checks: a long prompt comes in pieces, and the last one may be
@@ -136,7 +137,7 @@ class SelfDraft(CandidateGenerator):
                 given = {"attention_mask": mask, "use_cache": self.remember, CACHE_NAME: cache}
                 x_BLD = self.model(drafted[:, -1:], **given).last_hidden_state
                 seen += 1
-                probabilities = self.head(x_BLD[:, -1]).float().softmax(-1)
+                probabilities = project(self.head, x_BLD[:, -1]).float().softmax(-1)
                 best, token = probabilities.max(-1, keepdim=True)
                 drafted = torch.cat([drafted, token.to(drafted)], dim=1)
                 if seen == self.number or float(best) < self.threshold or int(token) in self.ends:

@@ -127,6 +127,9 @@ def _native_serves(x_BLC: Tensor, window_BWC: Tensor, weight_CK: Tensor, bias_C:
         and x_BLC.dtype == weight_CK.dtype == (bias_C if bias_C is not None else weight_CK).dtype
         and x_BLC.numel() > 0
         and weight_CK.shape[1] <= native.MOST_TAPS
+        and weight_CK.shape[0] == x_BLC.shape[2] == (len(bias_C) if bias_C is not None else x_BLC.shape[2])
+        and window_BWC.shape == (len(x_BLC), weight_CK.shape[1] - 1, x_BLC.shape[2])
+        and window_BWC.dtype == x_BLC.dtype
         and native.serves_rows(x_BLC)
         and not wants_gradient(x_BLC, window_BWC)
         and native.serves(weight_CK, bias_C)

@@ -51,9 +51,12 @@ def mamba_step(
         and all(t.dtype == torch.float32 for t in exact)
         and window_BCW.shape == (projected.shape[0], conv_weight_CK.shape[0], conv_weight_CK.shape[1] - 1)
         and projected.shape[0] == state_BHPN.shape[0]
-        and A_log_H.shape == state_BHPN.shape[1:2]
+        and all(t.shape == state_BHPN.shape[1:2] for t in (A_log_H, dt_bias_H, D_H))
+        and state_BHPN.shape[1] % groups == 0
         and norm_weight_I.shape[0] == state_BHPN.shape[1] * state_BHPN.shape[2]
         and conv_weight_CK.shape[0] == norm_weight_I.shape[0] + 2 * groups * state_BHPN.shape[3]
+        and (conv_bias_C is None or conv_bias_C.shape == conv_weight_CK.shape[:1])
+        and projected.shape[2] == norm_weight_I.shape[0] + conv_weight_CK.shape[0] + A_log_H.shape[0]
         and not (state_BHPN.requires_grad or window_BCW.requires_grad)  # a backward may need what they hold now
         and native.serves(projected, *same, *exact)
     ):

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._device import DeviceContext
 
 from .blocks import wants_gradient
 
@@ -244,8 +245,17 @@ def serves(*tensors: Tensor | None) -> bool:
         and torch._C._get_tracing_state() is None
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._len_torch_dispatch_stack() == 0
+        and not _functions_are_watched()
         and torch.autograd.forward_ad._current_level < 0
         and _ready()  # last, and before `_loaded` is used
+    )
+
+
+def _functions_are_watched() -> bool:
+    """Whether a mode is to see torch's functions called; the one behind `torch.set_default_device` only creates."""
+    return any(
+        type(torch._C._get_function_stack_at(i)) is not DeviceContext
+        for i in range(torch._C._len_torch_function_stack())
     )
 
 
@@ -270,6 +280,20 @@ def linear(x_MK: Tensor, weight: Tensor, scale: Tensor | None = None, experts_M:
     *lead, K = x_MK.shape
     N, M = weight.shape[-2], x_MK.numel() // K
     kind = _TYPES.get(weight.dtype, _INT8 if weight.dtype == torch.int8 else _INT4)
+    blocks = -(-K // 64)
+    scales = {_INT8: (*weight.shape[:-1],), _INT4: (*weight.shape[:-1], 2 * blocks)}.get(kind)
+    if weight.shape[-1] != (8 * blocks if kind == _INT4 else K) or (None if scale is None else scale.shape) != scales:
+        raise ValueError(
+            f"A weight stored as {tuple(weight.shape)}, its scales as {None if scale is None else tuple(scale.shape)}, "
+            f"does not multiply rows of {K}: correct the layer's weight."
+        )
+    if experts_M is not None and M:
+        first, last = experts_M.aminmax()
+        if experts_M.dtype != torch.int64 or int(first) < 0 or int(last) >= len(weight):
+            raise IndexError(
+                f"Experts {int(first)} to {int(last)} ({experts_M.dtype}) are asked for of {len(weight)}: the router "
+                "gives int64 indices of experts."
+            )
     y_MN = x_MK.new_empty(*lead, N)
     failed = native.nh_linear(
         kind,
