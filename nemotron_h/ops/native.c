@@ -408,9 +408,11 @@ INLINE void four(int wtype, Linear l, int64_t n, int64_t m, int64_t end) {
 /* y (M, N) = x (M, K) W^T, W (N, K); with `expert` (M,), row m meets W[expert[m]] of W (E, N, K), and rows that follow
  * each other with the same expert read its weights once.
  * scale: float32 (N,) for int8, bfloat16 (N, padded / 32) for int4, with a leading E where there are experts.
- * Returns 0, or 1 where memory ran out. */
+ * Returns 0, 1 where memory ran out, or 2 where a row's expert is none of the E. */
 int nh_linear(int wtype, int xtype, const void *weight, const void *scale, const void *x, void *y, int64_t M, int64_t N,
-              int64_t K, const int64_t *expert) {
+              int64_t K, const int64_t *expert, int64_t E) {
+    for (int64_t m = 0; expert && m < M; m++)
+        if (expert[m] < 0 || expert[m] >= E) return 2;
     const int64_t padded = (K + 63) / 64 * 64, groups = padded / 32, steps = (N + 3) / 4;
     const int64_t row_bytes = wtype == F32 ? 4 * K : wtype == BF16 ? 2 * K : wtype == Q8 ? K : padded / 2;
     int64_t *starts = malloc(sizeof(int64_t) * (M + 1));
@@ -872,7 +874,7 @@ typedef struct {
 } Block;
 
 static int apply(const Weight *w, int type, const void *x, void *y, int64_t batch) {
-    return nh_linear((int)w->type, type, w->weight, w->scale, x, y, batch, w->N, w->K, 0);
+    return nh_linear((int)w->type, type, w->weight, w->scale, x, y, batch, w->N, w->K, 0, 0);
 }
 
 /* (X, Y, Q) -> (Y, X, Q) for each of B. */

@@ -36,6 +36,7 @@ ENVIRONMENT_VARIABLE = "NEMOTRON_H_KERNELS"
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _INT8, _INT4 = 2, 3
+_NO_SUCH_EXPERT = 2
 _lock = threading.Lock()
 _FAILURES = (OSError, RuntimeError, subprocess.SubprocessError)  # RuntimeError: no home folder
 
@@ -158,7 +159,7 @@ def _built() -> tuple[ctypes.CDLL | None, str]:
         logger.info("native.c was not built with %s: %s", compiler, words)
         return None, f"{compiler} cannot build native.c ({words}), so decoding on this CPU runs in torch, slower"
     address, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    native.nh_linear.argtypes = [number, number, *[address] * 4, *[size] * 3, address]
+    native.nh_linear.argtypes = [number, number, *[address] * 4, *[size] * 3, address, size]
     native.nh_mamba_step.argtypes = [number, Mamba, size, size, *[address] * 10]
     native.nh_rms_norm.argtypes = [number, *[address] * 3, size, size, ctypes.c_float]
     native.nh_gated_rms_norm.argtypes = [number, address, address, size, address, address, *[size] * 3, ctypes.c_float]
@@ -287,13 +288,8 @@ def linear(x_MK: Tensor, weight: Tensor, scale: Tensor | None = None, experts_M:
             f"A weight stored as {tuple(weight.shape)}, its scales as {None if scale is None else tuple(scale.shape)}, "
             f"does not multiply rows of {K}: correct the layer's weight."
         )
-    if experts_M is not None and M:
-        first, last = experts_M.aminmax()
-        if experts_M.dtype != torch.int64 or int(first) < 0 or int(last) >= len(weight):
-            raise IndexError(
-                f"Experts {int(first)} to {int(last)} ({experts_M.dtype}) are asked for of {len(weight)}: the router "
-                "gives int64 indices of experts."
-            )
+    if experts_M is not None and experts_M.dtype != torch.int64:
+        experts_M = experts_M.long()
     y_MN = x_MK.new_empty(*lead, N)
     failed = native.nh_linear(
         kind,
@@ -306,7 +302,10 @@ def linear(x_MK: Tensor, weight: Tensor, scale: Tensor | None = None, experts_M:
         N,
         K,
         None if experts_M is None else experts_M.data_ptr(),
+        len(weight),
     )
+    if failed == _NO_SUCH_EXPERT:
+        raise IndexError(f"Experts {experts_M} are asked for of {len(weight)}: the router gives their indices.")
     if failed:
         raise MemoryError(f"No memory for {M} rows of {K} inputs.")
     return y_MN
