@@ -471,6 +471,38 @@ class EmptyLayer(DummyLayer):  # type: ignore[misc, valid-type]
         return -1
 
 
+class Uninterrupted:
+    """A context in which a cache is between two states. Left by an exception (Ctrl-C, no memory), some of its layers
+    may have gone on and others not: `check_whole` refuses it from there on.
+
+    Args:
+        cache: or None, where there is none.
+        doing: what is going on inside, for the error.
+        if_moved: only where the cache has seen tokens since.
+    """
+
+    def __init__(self, cache: Any, doing: str, if_moved: bool = False):
+        self.cache, self.doing = cache, doing
+        self.before = int(cache_length(cache)) if if_moved else None
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None or self.cache is None:
+            return
+        if self.before is None or self.before != int(cache_length(self.cache)):
+            self.cache.interrupted = f"{self.doing} by {kind.__name__}"
+
+
+def check_whole(cache: Any) -> None:
+    """Raises `RuntimeError` for a cache that a call was interrupted in."""
+    if interrupted := getattr(cache, "interrupted", None):
+        raise RuntimeError(
+            f"The cache was left in the middle of {interrupted}, so its layers may have seen different numbers of "
+            "tokens: reset() it, restore() a snapshot into it, or begin with a new one."
+        )
+
+
 _SIZES = (
     *("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel"),
     *("num_key_value_heads", "head_dim"),
@@ -489,6 +521,15 @@ class NemotronHCache(Cache):
         quantized: keep keys and values in few bits, in `transformers`' quantised layers: its `cache_config`, as
             {"backend": "hqq", "nbits": 4}. Mamba states stay as they are.
     """
+
+    interrupted: str | None = None
+    """The call that an exception left the cache in the middle of, if any; `reset` and `restore` make it whole again."""
+
+    padding_BP: torch.Tensor | None = None
+    """Which of the first P tokens seen were padding, true there; None: none of them."""
+
+    padding_is_known = True
+    """False after `restore` and `load`: a snapshot does not say."""
 
     def __init__(
         self,
@@ -515,7 +556,9 @@ class NemotronHCache(Cache):
 
         Raises:
             ValueError: the cache already holds another implementation's Mamba states.
+            RuntimeError: a call was interrupted in it.
         """
+        check_whole(cache)
         if isinstance(cache, cls):
             if cache.kinds != config.layers_block_type:
                 raise ValueError(
@@ -577,10 +620,20 @@ class NemotronHCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens; refused, with nothing changed, where a Mamba layer cannot."""
         _check_sign(tokens_to_remove)
+        check_whole(self)
         for layer in self.layers:
             if isinstance(layer, MambaLayer):
                 layer.check_crop(tokens_to_remove)
-        super().crop(tokens_to_remove)
+        with Uninterrupted(self, "crop()"):
+            super().crop(tokens_to_remove)
+            if self.padding_BP is not None:
+                self.padding_BP = self.padding_BP[:, : int(self.get_seq_length())]
+
+    def reset(self) -> None:
+        """Hold nothing, whatever happened before."""
+        self.interrupted = "reset()"
+        super().reset()
+        self.interrupted, self.padding_BP, self.padding_is_known = None, None, True
 
     @property
     def is_linear(self) -> list[bool]:
@@ -646,23 +699,34 @@ class NemotronHCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, next to each other. Raises `ValueError` for a static cache."""
         self._check_rows_can_change()
-        super().batch_repeat_interleave(repeats)
+        with Uninterrupted(self, "batch_repeat_interleave()"):
+            super().batch_repeat_interleave(repeats)
+            if self.padding_BP is not None:
+                self.padding_BP = self.padding_BP.repeat_interleave(repeats, dim=0)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """The rows of these indices, in their order. Raises `ValueError` for a static cache."""
         self._check_rows_can_change()
-        super().batch_select_indices(indices)
+        with Uninterrupted(self, "batch_select_indices()"):
+            super().batch_select_indices(indices)
+            if self.padding_BP is not None:
+                self.padding_BP = self.padding_BP[indices.to(self.padding_BP.device)]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """The rows of these indices, as many as there are. Raises `ValueError` for quantised layers that cannot."""
         from .kv_quantization import check_rows
 
+        check_whole(self)
         check_rows(self.layers, reorder=True)
-        super().reorder_cache(beam_idx)
+        with Uninterrupted(self, "reorder_cache()"):
+            super().reorder_cache(beam_idx)
+            if self.padding_BP is not None:
+                self.padding_BP = self.padding_BP[beam_idx.to(self.padding_BP.device)]
 
     def _check_rows_can_change(self) -> None:
         from .kv_quantization import check_rows
 
+        check_whole(self)
         check_rows(self.layers, reorder=False)
         if self.is_static:
             raise ValueError(

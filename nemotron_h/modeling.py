@@ -41,7 +41,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from typing_extensions import Unpack
 
 from . import losses, mtp, ops, pieces
-from .cache import MambaLayer, NemotronHCache, cache_length, check_room, grows
+from .cache import MambaLayer, NemotronHCache, Uninterrupted, cache_length, check_room, grows
 from .checkpoints import published
 from .compat import (
     CACHE_NAME,
@@ -65,7 +65,8 @@ from .layers import (
     project,
     residual_linear,
 )
-from .packing import document_ids, padding_mask, same_document, varlen_kwargs, whole_mask
+from .masks import read_mask, remember_padding
+from .packing import document_ids, padding_mask, same_document, varlen_kwargs
 from .parallel import Distributed
 
 _FORWARD_KWARGS = frozenset(
@@ -647,10 +648,17 @@ class NemotronHModel(NemotronHPreTrainedModel):
 
         prepared = None
         if isinstance(attention_mask, dict):
+            if "mamba" not in attention_mask:
+                raise ValueError(
+                    f"attention_mask is a dict of {', '.join(map(repr, attention_mask))}: pass a (batch, tokens) mask, "
+                    "or what NemotronHForCausalLM.create_masks_for_generate makes."
+                )
             prepared, mask_BL = attention_mask, attention_mask["mamba"]
         else:
-            attention_mask = mask = whole_mask(attention_mask, batch, length, cache)
-            mask_BL = padding_mask(mask, length, cache)
+            attention_mask, seq_idx = read_mask(
+                attention_mask, seq_idx, batch, length, cache, self.config.layers_block_type
+            )
+            mask_BL = padding_mask(attention_mask, length, cache)
         seq_idx_BL = document_ids(x_BLD, mask_BL, position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k, cache)
         if seq_idx_BL is not None:
             # Documents that do not see each other leave nothing to go on from.
@@ -663,12 +671,13 @@ class NemotronHModel(NemotronHPreTrainedModel):
             if prepared is not None
             else self.who_sees_whom(self.config.layers_block_type, x_BLD, attention_mask, mask_BL, seq_idx_BL, cache)
         )
-        for layer in steps(self.layers, x_BLD, cache, mask_BL, visible["plainly_causal"]):
-            x_BLD = layer(x_BLD, mask_BL=mask_BL, seq_idx_BL=seq_idx_BL, cache=cache, **visible, **kwargs)
-        return NemotronHModelOutput(
-            last_hidden_state=self.norm_f(x_BLD.to(self.norm_f.weight.dtype)),
-            **{CACHE_NAME: cache if use_cache else None},
-        )
+        with Uninterrupted(cache, "a forward"):
+            for layer in steps(self.layers, x_BLD, cache, mask_BL, visible["plainly_causal"]):
+                x_BLD = layer(x_BLD, mask_BL=mask_BL, seq_idx_BL=seq_idx_BL, cache=cache, **visible, **kwargs)
+            x_BLD = self.norm_f(x_BLD.to(self.norm_f.weight.dtype))
+            if mask_BL is not None and cache is not None and not torch.compiler.is_compiling():
+                remember_padding(cache, mask_BL, int(cache_length(cache)) - length)
+        return NemotronHModelOutput(last_hidden_state=x_BLD, **{CACHE_NAME: cache if use_cache else None})
 
     def who_sees_whom(
         self,
@@ -880,38 +889,39 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             outputs = self.model(cache=cache, position_ids=position_ids, **inputs, **packing)
         if drafter is not None:
             drafter.hidden_states_BLD = outputs.last_hidden_state
-        x_BLD = outputs.last_hidden_state[:, keep]
-        loss = logits_BLV = None
-        has_labels = labels is not None or shift_labels is not None
-        whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        skip = self.chunked_loss and self.training if skip_logits is None else skip_logits
-        if has_labels and whole and skip and losses.is_the_librarys(self.loss_function):
-            loss = losses.without_logits(
-                self.lm_head, x_BLD, labels, shift_labels, num_items_in_batch=kwargs.get("num_items_in_batch")
-            )
-        else:
-            if has_labels and self.training and skip_logits is None:
-                losses.say_once_that_logits_are_large(x_BLD.shape[:-1].numel(), self.vocab_size)
-            # Two-dimensional whatever the head is by now (a resized or adapted one): see ops.linear.
-            logits_TV = project(self.lm_head, x_BLD.reshape(-1, x_BLD.shape[-1]))
-            logits_BLV = logits_TV.view(*x_BLD.shape[:-1], logits_TV.shape[-1])
-            logits_BLV = logits_BLV.to(torch.promote_types(logits_BLV.dtype, torch.float32))
-            if has_labels:
-                loss = self.loss_function(logits_BLV, labels, self.vocab_size, shift_labels=shift_labels, **kwargs)
-        if loss is not None and self.mtp_loss_scale:
-            loss = loss + self.mtp_loss_scale * mtp.loss(
-                self,
-                outputs.last_hidden_state,
-                labels,
-                shift_labels=shift_labels,
-                input_ids=input_ids,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                cache=cache,
-                num_items_in_batch=kwargs.get("num_items_in_batch"),
-                **packing,
-            )
+        with Uninterrupted(cache, "a forward"):  # the layers have gone on already
+            x_BLD = outputs.last_hidden_state[:, keep]
+            loss = logits_BLV = None
+            has_labels = labels is not None or shift_labels is not None
+            whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
+            skip = self.chunked_loss and self.training if skip_logits is None else skip_logits
+            if has_labels and whole and skip and losses.is_the_librarys(self.loss_function):
+                loss = losses.without_logits(
+                    self.lm_head, x_BLD, labels, shift_labels, num_items_in_batch=kwargs.get("num_items_in_batch")
+                )
+            else:
+                if has_labels and self.training and skip_logits is None:
+                    losses.say_once_that_logits_are_large(x_BLD.shape[:-1].numel(), self.vocab_size)
+                # Two-dimensional whatever the head is by now (a resized or adapted one): see ops.linear.
+                logits_TV = project(self.lm_head, x_BLD.reshape(-1, x_BLD.shape[-1]))
+                logits_BLV = logits_TV.view(*x_BLD.shape[:-1], logits_TV.shape[-1])
+                logits_BLV = logits_BLV.to(torch.promote_types(logits_BLV.dtype, torch.float32))
+                if has_labels:
+                    loss = self.loss_function(logits_BLV, labels, self.vocab_size, shift_labels=shift_labels, **kwargs)
+            if loss is not None and self.mtp_loss_scale:
+                loss = loss + self.mtp_loss_scale * mtp.loss(
+                    self,
+                    outputs.last_hidden_state,
+                    labels,
+                    shift_labels=shift_labels,
+                    input_ids=input_ids,
+                    inputs_embeds=inputs_embeds,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    cache=cache,
+                    num_items_in_batch=kwargs.get("num_items_in_batch"),
+                    **packing,
+                )
         return NemotronHCausalLMOutput(
             loss=loss,
             logits=logits_BLV,
@@ -948,7 +958,18 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
                     f"A {type(cache).__name__} does not know its length in a model without attention layers: pass "
                     "NemotronHCache(model.config)."
                 )
-        return super().generate(*args, **kwargs)
+        with Uninterrupted(cache, "generate()", if_moved=True):
+            return super().generate(*args, **kwargs)
+
+    @functools.wraps(PreTrainedModel.get_compiled_call)
+    def get_compiled_call(self, *args: Any, **kwargs: Any) -> Any:
+        compiled = super().get_compiled_call(*args, **kwargs)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with Uninterrupted(kwargs.get(CACHE_NAME), "a compiled forward"):
+                return compiled(*args, **kwargs)
+
+        return call
 
     @functools.wraps(GenerationMixin.init_continuous_batching)
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -1023,12 +1044,14 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         """The masks of both kinds of layers, made outside the compiled step: their growth would recompile it."""
         cache = pick_cache(**{name: kwargs.get(name) for name in CACHE_NAMES})
         length = inputs_embeds.shape[1]
-        attention_mask = whole_mask(attention_mask, inputs_embeds.shape[0], length, cache)
-        attention = (
-            causal_mask(config, inputs_embeds, attention_mask, cache)
-            if "attention" in config.layers_block_type
-            else None
-        )
+        kinds = config.layers_block_type
+        attention_mask, seq_idx = read_mask(attention_mask, None, inputs_embeds.shape[0], length, cache, kinds)
+        if seq_idx is not None:
+            raise ValueError(
+                "attention_mask tells several documents apart, and generate() goes on from one a row: pass them as "
+                "rows of their own."
+            )
+        attention = causal_mask(config, inputs_embeds, attention_mask, cache) if "attention" in kinds else None
         # A token that generate() appends is never padding.
         return {"attention": attention, "mamba": None if length == 1 else padding_mask(attention_mask, length, cache)}
 

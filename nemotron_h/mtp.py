@@ -34,7 +34,8 @@ from transformers.generation.logits_process import (
 from . import losses
 from .cache import ROLLBACK, NemotronHCache, cache_length
 from .layers import project
-from .packing import document_ids, padding_mask, whole_mask
+from .masks import read_mask
+from .packing import document_ids, padding_mask
 
 MOST = ROLLBACK // 2
 """Tokens to draft at a time, at most: what a Mamba layer takes back, the model's or the head's."""
@@ -201,7 +202,8 @@ def loss(
         )
     embeds_BLD = model.model.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
     batch, length = embeds_BLD.shape[:2]
-    attention_mask = whole_mask(attention_mask, batch, length, None)
+    kinds = [*model.config.layers_block_type, *model.config.mtp_layers_block_type]
+    attention_mask, seq_idx = read_mask(attention_mask, seq_idx, batch, length, None, kinds)
     mask_BL = padding_mask(attention_mask, length)
     seq_idx_BL = document_ids(embeds_BLD, mask_BL, position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k, None)
     if shift_labels is None:

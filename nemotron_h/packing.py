@@ -36,11 +36,11 @@ def whole_mask(attention_mask: Any, batch: int, length: int, cache: Cache | None
     return attention_mask.expand(batch, columns)
 
 
-def padding_mask(attention_mask: Tensor | None, length: int, cache: Cache | None = None) -> Tensor | None:
+def padding_mask(attention_mask: Any, length: int, cache: Cache | None = None) -> Tensor | None:
     """The new tokens' columns of a (B, past + L) attention mask as bool; None where nothing is padding.
 
-    4-D masks say nothing of padding. Whether a mask is all ones is asked of the CPU always, of an accelerator only
-    before a multi-token step: in decoding the answer would stall it at every token.
+    Masks that attention layers alone obey (4-D) say nothing of it. Whether a mask is all ones is asked of the CPU
+    always, of an accelerator only before a multi-token step: in decoding the answer would stall it at every token.
     """
     if attention_mask is None or attention_mask.ndim != 2:
         return None

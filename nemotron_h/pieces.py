@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
-from .cache import GrowingLayer, NemotronHCache, cache_length, check_room
+from .cache import GrowingLayer, NemotronHCache, Uninterrupted, cache_length, check_room
 from .configuration import NemotronHConfig
-from .packing import document_ids, padding_mask, whole_mask
+from .masks import read_mask
+from .packing import document_ids, padding_mask
 
 # What the widest layer may hold of a piece: large enough that every layer's weights, read again for each piece, cost
 # nothing beside the products (2,048 tokens of the 9B on a CPU), small beside the weights.
@@ -74,8 +75,9 @@ def wanted(
         or any(_asked(kwargs.get(name), getattr(model.config, name, False)) for name in recorded)
     ):
         return 0
-    mask_BL = padding_mask(whole_mask(attention_mask, batch, length, cache), length, cache)
-    documents = document_ids(tokens, mask_BL, position_ids, None, None, None, None)
+    attention_mask, seq_idx = read_mask(attention_mask, None, batch, length, cache, model.config.layers_block_type)
+    mask_BL = padding_mask(attention_mask, length, cache)
+    documents = document_ids(tokens, mask_BL, position_ids, seq_idx, None, None, None)
     return piece if documents is None else 0
 
 
@@ -100,23 +102,24 @@ def run(
     batch, length = tokens.shape[:2]
     cache = NemotronHCache(model.config) if cache is None else NemotronHCache.adopt(cache, model.config)
     check_room(cache, batch, length)
-    attention_mask = whole_mask(attention_mask, batch, length, cache)
+    attention_mask, _ = read_mask(attention_mask, None, batch, length, cache, model.config.layers_block_type)
     past = int(cache_length(cache))
     for layer in cache.layers:
         if isinstance(layer, GrowingLayer):
             layer.expected_length = past + length
     kept: list[Tensor] = []
-    for start in range(0, length, piece):
-        here = slice(start, min(start + piece, length))
-        outputs = model(
-            input_ids=None if input_ids is None else input_ids[:, here],
-            inputs_embeds=None if inputs_embeds is None else inputs_embeds[:, here],
-            attention_mask=None if attention_mask is None else attention_mask[:, : past + here.stop],
-            cache=cache,
-            **kwargs,
-        )
-        first = max(0, length - keep - start) if keep else 0
-        if first < here.stop - start:
-            kept.append(outputs.last_hidden_state[:, first:].clone())
+    with Uninterrupted(cache, "a long prompt"):
+        for start in range(0, length, piece):
+            here = slice(start, min(start + piece, length))
+            outputs = model(
+                input_ids=None if input_ids is None else input_ids[:, here],
+                inputs_embeds=None if inputs_embeds is None else inputs_embeds[:, here],
+                attention_mask=None if attention_mask is None else attention_mask[:, : past + here.stop],
+                cache=cache,
+                **kwargs,
+            )
+            first = max(0, length - keep - start) if keep else 0
+            if first < here.stop - start:
+                kept.append(outputs.last_hidden_state[:, first:].clone())
     outputs.last_hidden_state = torch.cat(kept, dim=1)
     return outputs

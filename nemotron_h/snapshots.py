@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import StaticLayer
 
 from ._version import __version__
-from .cache import GrowingLayer, MambaLayer, NemotronHCache
+from .cache import GrowingLayer, MambaLayer, NemotronHCache, check_whole
 from .checkpoints.writing import whole
 from .kv_quantization import is_quantised
 
@@ -98,7 +98,9 @@ def take(cache: NemotronHCache) -> Snapshot:
 
     Raises:
         ValueError: a layer keeps its keys and values in a form that cannot be taken out, such as quantised ones.
+        RuntimeError: a call was interrupted in the cache.
     """
+    check_whole(cache)
     length = int(cache.get_seq_length())
     return Snapshot(tuple(cache.kinds), length, tuple(_taken(layer, length) for layer in cache.layers))
 
@@ -138,6 +140,7 @@ def put(cache: NemotronHCache, snapshot: Snapshot) -> None:
             rows than its buffers have, or another dtype of the SSM state.
     """
     _check_fits(cache, snapshot)
+    cache.interrupted = "restore()"
     for layer, pair in zip(cache.layers, snapshot.layers, strict=True):
         if isinstance(layer, MambaLayer):
             _put_state(layer, pair, snapshot.length)
@@ -148,6 +151,7 @@ def put(cache: NemotronHCache, snapshot: Snapshot) -> None:
             if pair is not None:
                 layer.lazy_initialization(*pair)  # type: ignore[union-attr]
                 layer.keys, layer.values = pair  # type: ignore[union-attr]
+    cache.interrupted, cache.padding_BP, cache.padding_is_known = None, None, False
 
 
 def _check_fits(cache: NemotronHCache, snapshot: Snapshot) -> None:

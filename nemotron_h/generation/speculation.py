@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.generation.candidate_generator import AssistedCandidateGenerator, CandidateGenerator
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from ..cache import DRAFT, ROLLBACK, EmptyLayer, MambaLayer, NemotronHCache
+from ..cache import DRAFT, ROLLBACK, EmptyLayer, MambaLayer, NemotronHCache, Uninterrupted
 from ..compat import CACHE_NAME, with_every_cache_name
 from ..layers import project
 
@@ -132,21 +132,20 @@ class SelfDraft(CandidateGenerator):
         cache = self._view(model_kwargs[CACHE_NAME]) if self.remember else None
         mask = model_kwargs.get("attention_mask") if self.remember else None
         drafted, seen = input_ids, 0
-        try:
-            while True:
-                given = {"attention_mask": mask, "use_cache": self.remember, CACHE_NAME: cache}
-                x_BLD = self.model(drafted[:, -1:], **given).last_hidden_state
-                seen += 1
-                probabilities = project(self.head, x_BLD[:, -1]).float().softmax(-1)
-                best, token = probabilities.max(-1, keepdim=True)
-                drafted = torch.cat([drafted, token.to(drafted)], dim=1)
-                if seen == self.number or float(best) < self.threshold or int(token) in self.ends:
-                    return drafted, None
-                if mask is not None:
-                    mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
-        finally:
-            if cache is not None:
-                cache.crop(-seen)
+        while True:
+            given = {"attention_mask": mask, "use_cache": self.remember, CACHE_NAME: cache}
+            x_BLD = self.model(drafted[:, -1:], **given).last_hidden_state
+            seen += 1
+            probabilities = project(self.head, x_BLD[:, -1]).float().softmax(-1)
+            best, token = probabilities.max(-1, keepdim=True)
+            drafted = torch.cat([drafted, token.to(drafted)], dim=1)
+            if seen == self.number or float(best) < self.threshold or int(token) in self.ends:
+                break
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
+        if cache is not None:
+            cache.crop(-seen)
+        return drafted, None
 
 
 def check(model: Any, generation_config: Any, assistant: Any = None) -> None:
@@ -307,7 +306,11 @@ class _Loop:
         )
 
     def _step(self) -> bool:
-        """One draft and its check; whether generation has ended."""
+        """One draft and its check; whether generation has ended. In between, the cache holds what may have to go."""
+        with Uninterrupted(self.cache, "the check of a draft"):
+            return self._draft_and_check()
+
+    def _draft_and_check(self) -> bool:
         length, first = self.ids.shape[1], self.stats.steps == 0
         drafted, q_LV = self._draft(first)
         number = drafted.shape[1] - length
