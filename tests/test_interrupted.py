@@ -52,7 +52,7 @@ def assert_refused(model, cache: NemotronHCache, tmp_path) -> None:
         lambda: cache.crop(-1),
         lambda: cache.reorder_cache(torch.tensor([0])),
         lambda: PromptCache().store(cache, tokens(1, length)[0], model),
-    ):
+    )[: 10 if cache.batch_size == 1 else 9]:
         with pytest.raises(RuntimeError, match=REFUSED):
             use()
     other = filled(model)
