@@ -66,7 +66,7 @@ from .layers import (
     residual_linear,
 )
 from .masks import read_mask, remember_padding
-from .packing import document_ids, padding_mask, same_document, varlen_kwargs
+from .packing import check_prompt, document_ids, embedded, padding_mask, same_document, varlen_kwargs
 from .parallel import Distributed
 
 _FORWARD_KWARGS = frozenset(
@@ -625,13 +625,8 @@ class NemotronHModel(NemotronHPreTrainedModel):
             cu_seq_lens_q, cu_seq_lens_k: (documents + 1,) cumulative lengths of the documents of one packed row.
         """
         _check_kwargs(kwargs)
-        if (input_ids is None) == (inputs_embeds is None):
-            got = "neither" if input_ids is None else "both"
-            raise ValueError(f"The model takes one of `input_ids` and `inputs_embeds` and got {got}: pass exactly one.")
-        x_BLD = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        x_BLD = embedded(self.embeddings, input_ids, inputs_embeds, self.config.hidden_size)
         batch, length = x_BLD.shape[:2]
-        if length == 0:
-            raise ValueError("The input has no tokens: pass at least one.")
 
         cache = pick_cache(cache=cache, past_key_values=past_key_values, cache_params=cache_params)
         if cache is not None:
@@ -945,6 +940,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             ValueError: a cache of `transformers`' own, which without attention layers does not know its length;
                 `use_mtp` and a checkpoint without an MTP head, or more tokens at a time than the cache takes back.
         """
+        check_prompt(args, kwargs, self.config.hidden_size)
         kwargs = mtp.generation_options(self, args, kwargs)
         if (prompt_cache := kwargs.pop("prompt_cache", None)) is not None:
             from .generation import prefixes

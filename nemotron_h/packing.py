@@ -9,13 +9,63 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.import_utils import is_tracing
 
 from .cache import cache_length
 from .ops import document_index
+
+
+def embedded(embeddings: nn.Module, input_ids: Any, inputs_embeds: Any, width: int) -> Tensor:
+    """(B, L, D) embeddings of what the model was called with: ids (B, L), or the embeddings themselves.
+
+    Raises:
+        ValueError: neither of them or both, no tensor, another shape or dtype, no row, no token, an id that is not in
+            the vocabulary. An accelerator says the last in its own way: asking it here would stall every token.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        got = "neither" if input_ids is None else "both"
+        raise ValueError(f"The model takes one of `input_ids` and `inputs_embeds` and got {got}: pass exactly one.")
+    name, given = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+    _check_axes(name, given, width)
+    if given.numel() == 0:
+        nothing = "a batch of 0 rows" if given.shape[0] == 0 else "the input has no tokens"
+        raise ValueError(f"{name} has shape {tuple(given.shape)}, {nothing}: pass at least one.")
+    if inputs_embeds is not None:
+        return inputs_embeds
+    if given.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"input_ids is of {given.dtype}: pass token ids as torch.int64 or torch.int32.")
+    try:
+        x_BLD: Tensor = embeddings(given)
+    except IndexError:
+        lowest, highest = map(int, given.aminmax())
+        raise ValueError(
+            f"input_ids has ids from {lowest} to {highest}, and not all of them are in the vocabulary: pass ids that "
+            "the model's tokenizer has (-100 is for labels)."
+        ) from None
+    return x_BLD
+
+
+def check_prompt(args: tuple[Any, ...], kwargs: dict[str, Any], width: int) -> None:
+    """That what `generate()` was called with is rows of ids or of embeddings; the rest is said by the forward."""
+    given = {"input_ids": args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))}
+    given["inputs_embeds"] = kwargs.get("inputs_embeds")
+    for name, tokens in given.items():
+        if tokens is not None:
+            _check_axes(name, tokens, width)
+
+
+def _check_axes(name: str, given: Any, width: int) -> None:
+    axes = 2 if name == "input_ids" else 3
+    if isinstance(given, Tensor) and given.ndim == axes and (axes == 2 or given.shape[2] == width):
+        return
+    wanted = "(rows, tokens)" if axes == 2 else f"(rows, tokens, {width})"
+    if not isinstance(given, Tensor):
+        raise ValueError(f"{name} is a {type(given).__name__}: pass a tensor of {wanted}.")
+    of_one_row = f", as {name}[None] for one row" if given.ndim == axes - 1 else ""
+    raise ValueError(f"{name} has shape {tuple(given.shape)}: pass {wanted}{of_one_row}.")
 
 
 def whole_mask(attention_mask: Any, batch: int, length: int, cache: Cache | None) -> Any:

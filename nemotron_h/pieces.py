@@ -63,7 +63,9 @@ def wanted(
     wants what every layer gave.
     """
     tokens = inputs_embeds if input_ids is None else input_ids
-    if tokens is None or tokens.shape[1] <= _STEP or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not isinstance(tokens, Tensor) or tokens.ndim < 2 or tokens.shape[1] <= _STEP:
+        return 0
+    if not tokens.shape[0] or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return 0
     batch, length = tokens.shape[:2]
     piece = piece_length(model.config, batch, tokens.device, model.dtype)

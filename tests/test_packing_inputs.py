@@ -1,9 +1,10 @@
-"""From what collators pass to `mask_BL` and `seq_idx_BL`, and to what flash attention wants."""
+"""From what collators pass to `mask_BL` and `seq_idx_BL`, to what flash attention wants; and what is no batch at all."""
 
 import pytest
 import torch
-from families import small_config
+from families import small_config, small_model, tokens
 
+from nemotron_h import NemotronHForSequenceClassification, NemotronHForTokenClassification, PromptCache
 from nemotron_h.packing import document_ids, padding_mask, varlen_kwargs, whole_mask
 
 pytestmark = pytest.mark.core
@@ -103,3 +104,51 @@ def test_flash_attention_gets_cumulative_lengths():
     assert kwargs["max_length_q"] == kwargs["max_length_k"] == 3
     with pytest.raises(ValueError, match="one row and the batch has 2"):
         varlen_kwargs(config, seq_idx.expand(2, -1))
+
+
+IDS, EMBEDS = tokens(2, 7), torch.zeros(2, 7, 32)
+LONG = tokens(1, 300)  # long enough to ask whether it goes through in pieces
+
+
+@pytest.mark.parametrize(
+    "called", ["model", "backbone", "generate", "prompt_cache", "rows_classified", "tokens_classified"]
+)
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"input_ids": IDS[:0]}, r"input_ids has shape \(0, 7\), a batch of 0 rows|The batch has 0 prompts"),
+        ({"input_ids": LONG[:0]}, r"input_ids has shape \(0, 300\), a batch of 0 rows|The batch has 0 prompts"),
+        ({"input_ids": IDS[0]}, r"input_ids has shape \(7,\): pass \(rows, tokens\), as input_ids\[None\] for one row"),
+        ({"input_ids": LONG[0]}, r"input_ids has shape \(300,\): pass \(rows, tokens\), as input_ids\[None\]"),
+        ({"input_ids": IDS[0, 0]}, r"input_ids has shape \(\): pass \(rows, tokens\)"),
+        ({"input_ids": IDS[None]}, r"input_ids has shape \(1, 2, 7\): pass \(rows, tokens\)"),
+        ({"input_ids": IDS.tolist()}, "input_ids is a list: pass a tensor"),
+        ({"input_ids": IDS[:1].double()}, "input_ids is of torch.float64: pass token ids as torch.int64"),
+        ({"input_ids": IDS[:1] > 3}, "input_ids is of torch.bool: pass token ids as torch.int64"),
+        ({"input_ids": IDS[:1] * 0 - 100}, "ids from -100 to -100, and not all of them are in the vocabulary"),
+        ({"input_ids": torch.tensor([[3, 97, 5]])}, "ids from 3 to 97, and not all of them are in the vocabulary"),
+        ({"inputs_embeds": EMBEDS[:0]}, r"inputs_embeds has shape \(0, 7, 32\), a batch of 0 rows|not embeddings"),
+        (
+            {"inputs_embeds": EMBEDS[0]},
+            r"inputs_embeds has shape \(7, 32\): pass \(rows, tokens, 32\), as inputs_embeds",
+        ),
+        ({"inputs_embeds": EMBEDS[..., :31]}, r"inputs_embeds has shape \(2, 7, 31\): pass \(rows, tokens, 32\)"),
+    ],
+)
+def test_what_is_no_batch_of_rows_is_said_in_a_sentence(called, given, sentence):
+    model = small_model().eval()
+    classifiers = {"rows": NemotronHForSequenceClassification, "tokens": NemotronHForTokenClassification}
+    calls = {
+        "model": model,
+        "backbone": model.model,
+        "generate": lambda **inputs: model.generate(**inputs, max_new_tokens=2),
+        "prompt_cache": lambda **inputs: model.generate(**inputs, max_new_tokens=2, prompt_cache=PromptCache()),
+        **{f"{name}_classified": kind(small_config(pad_token_id=0)) for name, kind in classifiers.items()},
+    }
+    with torch.no_grad(), pytest.raises(ValueError, match=sentence):
+        calls[called](**given)
+
+
+def test_ids_of_32_bits_are_ids():
+    model = small_model().eval()
+    assert torch.equal(model(input_ids=IDS.int()).logits, model(input_ids=IDS).logits)
