@@ -387,13 +387,12 @@ def _stored_packed(inner: Any) -> bool:
 def _chat_format(tokenizer: Any) -> str:
     if not tokenizer.chat_template:
         return "## Format\n\nThere is no chat template: prompts are continued as they are.\n"
-    from .generation.reasoning import reasoning_switch
+    from .generation.reasoning import switch_reasoning
 
-    template = tokenizer.get_chat_template()
     shown = {}
     for think in (True, False):
         messages: list[dict[str, Any]] = [{"role": "user", "content": "How are you?"}]
-        messages, arguments = reasoning_switch(messages, think, template)
+        messages, arguments, _ = switch_reasoning(messages, think, tokenizer)
         shown[think] = (
             tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **arguments),
             f"`{', '.join(f'{key}={value}' for key, value in arguments.items())}`"

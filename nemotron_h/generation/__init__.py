@@ -1,5 +1,19 @@
 """What `generate()` gains with this package."""
 
-from .reasoning import ReasoningStreamer, Split, opens_reasoning, reasoning_switch, split_reasoning
+from .reasoning import (
+    ReasoningStreamer,
+    ReasoningSwitchWarning,
+    Split,
+    opens_reasoning,
+    reasoning_switch,
+    split_reasoning,
+)
 
-__all__ = ["ReasoningStreamer", "Split", "opens_reasoning", "reasoning_switch", "split_reasoning"]
+__all__ = [
+    "ReasoningStreamer",
+    "ReasoningSwitchWarning",
+    "Split",
+    "opens_reasoning",
+    "reasoning_switch",
+    "split_reasoning",
+]

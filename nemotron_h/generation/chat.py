@@ -73,6 +73,8 @@ class Chat:
 
     def render(self, text: str, *, system: str | None = None, think: bool = True) -> str:
         """The prompt the model sees for the user's `text`."""
+        check_text(text, "The prompt")
+        check_text(system or "", "The system text")
         if not self.has_template:
             if system:
                 raise ValueError(
@@ -82,7 +84,7 @@ class Chat:
             return text
         messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": text})
-        messages, arguments = reasoning_switch(messages, think, self.tokenizer.get_chat_template())
+        messages, arguments = reasoning_switch(messages, think, self.tokenizer)
         rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **arguments)
         return str(rendered)
 
@@ -132,6 +134,23 @@ class Chat:
         if self.tokenizer.get_vocab() != assistant.tokenizer.get_vocab():
             arguments |= {"tokenizer": self.tokenizer, "assistant_tokenizer": assistant.tokenizer}
         return arguments
+
+
+def check_text(text: str, what: str) -> str:
+    """`text`, if a model can be given it.
+
+    Raises:
+        ValueError: it has bytes that are not UTF-8, which Python hands on as lone surrogates, or a NUL byte.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} is not UTF-8: character {error.start} is {text[error.start]!r}; write it in UTF-8."
+        ) from None
+    if (at := text.find("\0")) >= 0:
+        raise ValueError(f"{what} has a NUL byte, at character {at}, as no text has; leave it out.")
+    return text
 
 
 def peak_memory(model: PreTrainedModel) -> int:

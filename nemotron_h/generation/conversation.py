@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..prompt_cache import PromptCache
-from .chat import Chat, Reply
-from .reasoning import ReasoningStreamer, reasoning_switch
+from .chat import Chat, Reply, check_text
+from .reasoning import ReasoningStreamer, reasoning_switch, switch_reasoning
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Conversation:
             raise ValueError(
                 f"This model has no chat template, so the system text {system!r} has no place; put it into the prompt."
             )
+        check_text(system or "", "The system text")
         self.chat, self.system, self.think = chat, system, think
         self.prompt_cache = PromptCache() if prompt_cache is None else prompt_cache
         self.reset()
@@ -54,7 +55,7 @@ class Conversation:
 
     def say(self, text: str, *, streamer: ReasoningStreamer | None = None, **generate_kwargs: Any) -> Turn:
         """Generate the answer to `text`, each piece going to `streamer` as it comes. An error leaves all as it was."""
-        prompt, later = self._prompt(text)
+        prompt, later = self._prompt(check_text(text, "The prompt"))
         ids, boundary = self._ids(prompt), self._common(prompt, later)
         cache = self.prompt_cache
         before = cache.tokens_reused
@@ -84,9 +85,10 @@ class Conversation:
         later = [*now, {"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]
 
         def rendered(messages: list[dict[str, Any]]) -> str:
-            messages, arguments = reasoning_switch(messages, self.think, tokenizer.get_chat_template())
+            messages, arguments, _ = switch_reasoning(messages, self.think, tokenizer)
             return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **arguments))
 
+        reasoning_switch(now, self.think, tokenizer)  # for what it has to say of this turn
         return rendered(now), rendered(later)
 
     def _ids(self, text: str) -> list[int]:

@@ -7,15 +7,28 @@ Three generations of chat templates switch it in three ways (`reasoning_switch`)
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from transformers.generation.streamers import TextStreamer
+from transformers.utils.chat_template_utils import render_jinja_template
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
 THINK, END_THINK = "<think>", "</think>"
+
+# How the published templates are switched: by an argument of the template, or by words in a message.
+_ARGUMENT = "enable_thinking"
+_WORDS = (
+    {True: "/think", False: "/no_think"},
+    {True: "{'reasoning': True}", False: "{'reasoning': False}"},
+)
+
+Message: TypeAlias = dict[str, Any]
+Render: TypeAlias = Callable[[list[Message], Mapping[str, Any]], str | None]
 
 Kind = Literal["reasoning", "answer"]
 
@@ -47,26 +60,168 @@ def opens_reasoning(prompt: str) -> bool:
     return prompt.rstrip().endswith(THINK)
 
 
-def reasoning_switch(
-    messages: list[dict[str, Any]], think: bool, chat_template: str
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """`messages` and template arguments that turn reasoning on or off, in the way `chat_template` understands.
+class ReasoningSwitchWarning(UserWarning):
+    """Reasoning is not what was asked for, or the switch's words are taken out of what somebody wrote."""
 
-    Nemotron 3 takes the argument `enable_thinking`; Nano 2 reads `/think` or `/no_think` in the system text;
-    Nemotron-H-Reasoning reads `{'reasoning': True}` there. A template with none of them has no switch: the messages
-    come back as they are.
+
+class Switched(NamedTuple):
+    """`messages` and template arguments for a prompt, and what is to be said of them."""
+
+    messages: list[Message]
+    arguments: dict[str, Any]
+    remark: str | None = None
+
+
+def reasoning_switch(
+    messages: list[Message],
+    think: bool | None,
+    chat_template: str | PreTrainedTokenizerBase,
+    tools: list[Any] | None = None,
+) -> tuple[list[Message], dict[str, Any]]:
+    """`messages` and template arguments that turn reasoning on or off, in the way the chat template understands.
+
+    Nemotron 3 takes the argument `enable_thinking`; Nano 2 reads `/think` or `/no_think` in the system or a user text;
+    Nemotron-H-Reasoning reads `{'reasoning': True}` in the system text. Which it is, and whether it did what it should,
+    is seen at the end of the prompt that comes of it. `think=None` leaves all as it is. An assistant message at the end
+    (to be continued, or to be trained on) is no part of that prompt.
+
+    Warns:
+        ReasoningSwitchWarning: the template has no switch, a message overrules it, or the template takes letters of a
+            message for it (in Nano 2, the `/think` of `https://x/think`).
     """
-    if "enable_thinking" in chat_template:
-        return messages, {"enable_thinking": think}
-    if "/no_think" in chat_template:
-        switch = "/think" if think else "/no_think"
-    elif "'reasoning'" in chat_template:
-        switch = str({"reasoning": think})
+    switched = switch_reasoning(messages, think, chat_template, tools)
+    if switched.remark is not None:
+        warnings.warn(switched.remark, ReasoningSwitchWarning, stacklevel=2)
+    return switched.messages, switched.arguments
+
+
+def switch_reasoning(
+    messages: list[Message],
+    think: bool | None,
+    chat_template: str | PreTrainedTokenizerBase,
+    tools: list[Any] | None = None,
+) -> Switched:
+    """As `reasoning_switch`, with the remark in place of a warning."""
+    if think is None:
+        return Switched(messages, {})
+    render = _renderer(chat_template, tools)
+    switch = _find_switch(render)
+    if switch is None:
+        return Switched(messages, {}, f"This chat template has no switch for reasoning: think={think} changes nothing.")
+    overruled = None
+    for placed, arguments in _placements(messages, switch.words, think):
+        text = render(placed[:-1] if placed and placed[-1].get("role") == "assistant" else placed, arguments)
+        if text is None:  # what is wrong with these messages, the tokenizer will say
+            return Switched(placed, arguments)
+        taken = _taken_out(messages, text, [_WORDS[0][think]] if switch.words is None else [*switch.words.values()])
+        if _end(text) == switch.ends[think]:
+            return Switched(placed, arguments, taken)
+        overruled = overruled or Switched(placed, arguments, _overruled(messages, think, taken))
+    assert overruled is not None
+    return overruled
+
+
+class _Switch(NamedTuple):
+    words: dict[bool, str] | None  # None: the argument
+    ends: dict[bool, str]  # which marker the prompt ends with, switched on and off
+
+
+def _renderer(chat_template: Any, tools: list[Any] | None) -> Render:
+    """A function that gives the prompt for messages and template arguments, or None where the template fails."""
+    if isinstance(chat_template, str):
+        template, special = chat_template, {"bos_token": "", "eos_token": ""}
+    elif hasattr(chat_template, "get_chat_template"):
+        template, special = chat_template.get_chat_template(tools=tools), chat_template.special_tokens_map
     else:
-        return messages, {}
-    first, rest = (messages[0], messages[1:]) if messages and messages[0]["role"] == "system" else ({}, messages)
-    system = f"{first.get('content', '')} {switch}".strip()
-    return [{**first, "role": "system", "content": system}, *rest], {}
+        raise ValueError(
+            f"chat_template is a {type(chat_template).__name__}: pass the text of a template, or the tokenizer."
+        )
+
+    def render(messages: list[Message], arguments: Mapping[str, Any]) -> str | None:
+        given = {**special, **arguments, "tools": tools, "add_generation_prompt": True}
+        try:
+            rendered, _ = render_jinja_template(conversations=[messages], chat_template=template, **given)
+        except Exception:  # a template may raise whatever Python can
+            return None
+        return str(rendered[0])
+
+    return render
+
+
+def _end(prompt: str | None) -> str | None:
+    """The marker that `prompt` ends with, "" for none."""
+    return prompt and next((marker for marker in (THINK, END_THINK) if prompt.rstrip().endswith(marker)), "")
+
+
+def _find_switch(render: Render) -> _Switch | None:
+    """What opens the trace at the end of a prompt, or closes it, tried on the least conversation there is."""
+    least: list[Message] = [{"role": "user", "content": "x"}]
+    for words in (None, *_WORDS):
+        ends = {think: _end(render(*next(_placements(least, words, think)))) for think in (True, False)}
+        on, off = ends[True], ends[False]
+        if on is not None and off is not None and on != off and on != END_THINK and off != THINK:
+            return _Switch(words, {True: on, False: off})
+    return None
+
+
+def _placements(
+    messages: list[Message], words: dict[bool, str] | None, think: bool
+) -> Iterator[tuple[list[Message], dict[str, Any]]]:
+    """Where a switch can stand. In the last user message it overrules earlier ones; not where one is in it already."""
+    if words is None:
+        yield messages, {_ARGUMENT: think}
+        return
+    word = words[think]
+    if messages and messages[0].get("role") == "system":
+        yield [_with(messages[0], word), *messages[1:]], {}
+    else:
+        yield [{"role": "system", "content": word}, *messages], {}
+    last = max((i for i, message in enumerate(messages) if message.get("role") == "user"), default=None)
+    if last is not None and not any(each in text for each in words.values() for text in _texts([messages[last]])):
+        yield [*messages[:last], _with(messages[last], word), *messages[last + 1 :]], {}
+
+
+def _with(message: Message, word: str) -> Message:
+    content = message.get("content") or ""
+    added = (
+        [*content, {"type": "text", "text": f" {word}"}] if isinstance(content, list) else f"{content} {word}".strip()
+    )
+    return {**message, "content": added}
+
+
+def _texts(messages: list[Message]) -> Iterator[str]:
+    """What the system and the user say, where switches are read; content may be a list of parts."""
+    for message in messages:
+        if message.get("role") in ("system", "user"):
+            content = message.get("content")
+            for part in content if isinstance(content, list) else [content]:
+                text = part.get("text") if isinstance(part, dict) else part
+                if isinstance(text, str):
+                    yield text
+
+
+def _overruled(messages: list[Message], think: bool, taken: str | None) -> str:
+    other = [words[not think] for words in _WORDS]
+    by = next((word for text in reversed([*_texts(messages)]) for word in other if word in text), None)
+    if by is None:
+        return f"This chat template has no switch for reasoning after these messages: think={think} changes nothing."
+    remark = (
+        f"Reasoning stays {'off' if think else 'on'}: {by!r} in a message overrules think={think} in this chat "
+        "template; leave it out of the text."
+    )
+    return f"{remark} {taken}" if taken else remark
+
+
+def _taken_out(messages: list[Message], prompt: str, meant: list[str]) -> str | None:
+    """Letters of a text that the template took for a switch. Alone at a text's beginning or end, one may be meant."""
+    shown = prompt.rstrip().removesuffix(END_THINK)
+    for text in _texts(messages):
+        parts = text.split()
+        for i, part in enumerate(parts):
+            letters = any(word in part for word in _WORDS[0].values()) and part not in shown
+            if letters and not (part in meant and i in (0, len(parts) - 1)):
+                return f"The chat template takes its switch's letters out of {part!r}: the model does not see them."
+    return None
 
 
 class ReasoningStreamer(TextStreamer):
