@@ -1,4 +1,4 @@
-"""From what collators pass to `mask_BL` and `seq_idx_BL`, to what flash attention wants; and what is no batch at all."""
+"""From what collators pass to `mask_BL` and `seq_idx_BL`, to what flash attention wants; what is no batch at all."""
 
 import pytest
 import torch

@@ -88,6 +88,23 @@ def load_chat(name: str | None, dtype: str, device: str) -> Chat:
         return Chat.load(path, dtype=dtype, device=device, local_files_only=local)
 
 
+def decoded(written: bytes, what: str) -> str:
+    """The text in these bytes of a file or of standard input, every line's end as \\n.
+
+    Raises:
+        ValueError: as `generation.chat.check_text`.
+    """
+    from ..generation.chat import check_text
+
+    try:
+        text = written.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{what} is not UTF-8: byte {error.start} is 0x{written[error.start]:02x}; write it in UTF-8."
+        ) from None
+    return check_text(text.replace("\r\n", "\n").replace("\r", "\n"), what)
+
+
 def show(console: Console, text: str, style: str = "") -> None:
     """Print a piece of a model's text: as it is, no markup, no line end, wrapped by the terminal."""
     console.print(Text(text, style=style), end="", soft_wrap=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from .arguments import DeviceOption, DtypeOption, ModelOption, load_chat, parse_size, size
+from .arguments import DeviceOption, DtypeOption, ModelOption, decoded, load_chat, parse_size, size
 from .generate import sampling_arguments, streamer_for
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ def run(
 ) -> None:
     sampling = {"max_new_tokens": max_new_tokens, **sampling_arguments(greedy, temperature, top_p, top_k)}
     budget = parse_size(cache_size)
+    from ..generation.chat import check_text
+
+    check_text(system or "", "--system")
     chat = load_chat(model, dtype, device)
     from ..generation.conversation import Conversation
     from ..prompt_cache import PromptCache
@@ -61,7 +64,14 @@ def run(
         notes.print("/quit leaves, /reset starts over, /think and /no_think switch the reasoning.", style="dim")
     if not chat.has_template and not as_json:
         notes.print("This model has no chat template: the text is continued as it is.", style="dim")
-    while (line := _line(asking)) is not None:
+    while True:
+        try:
+            line = _line(asking)
+        except ValueError as error:
+            notes.print(f"nemotron-h: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+            continue
+        if line is None:
+            break
         if not line.strip():
             continue
         if line.startswith("/"):
@@ -74,14 +84,20 @@ def run(
 
 
 def _line(asking: bool) -> str | None:
-    """The next line without its end; None at the end of the input."""
+    """The next line without its end; None at the end of the input.
+
+    Raises:
+        ValueError: the line is not UTF-8, or has a NUL byte; the one after it may be.
+    """
     if asking:
         try:
-            return input("> ")
+            return decoded(input("> ").encode(errors="surrogateescape"), "This line")
+        except UnicodeDecodeError as error:
+            return decoded(error.object, "This line")
         except (EOFError, KeyboardInterrupt):
             return None
-    line = sys.stdin.readline()
-    return line.rstrip("\n") if line else None
+    line = sys.stdin.buffer.readline()
+    return decoded(line, "This line").rstrip("\n") if line else None
 
 
 def _command(command: str, conversation: Conversation, notes: Console) -> bool:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .arguments import DeviceOption, DtypeOption, JsonOption, ModelOption, load_chat, show
+from .arguments import DeviceOption, DtypeOption, JsonOption, ModelOption, decoded, load_chat, show
 
 NAME = "generate"
 HELP = "Ask a model, and watch it think and answer. Models without a chat template continue the text."
@@ -52,9 +52,13 @@ def run(
 ) -> None:
     sampling = sampling_arguments(greedy, temperature, top_p, top_k)
     drafts = draft_arguments(prompt_lookup, assistant, early_exit, mtp, mtp_tokens)
-    text = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
+    text = decoded(sys.stdin.buffer.read(), "The prompt").rstrip("\n") if prompt == "-" else prompt
     if not text.strip():
         raise ValueError(f"The prompt {text!r} is empty; write a question, or - and send one to standard input.")
+    from ..generation.chat import check_text
+
+    check_text(text, "The prompt")
+    check_text(system or "", "--system")
     chat = load_chat(model, dtype, device)
     if assistant is not None:
         drafts = chat.drafts_of(load_chat(assistant, dtype, device))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .arguments import DeviceOption, DtypeOption, JsonOption, check_dtype, find_model, hub_named
+from .arguments import DeviceOption, DtypeOption, JsonOption, check_dtype, decoded, find_model, hub_named
 
 if TYPE_CHECKING:
     from ..logprobs import Comparison, Dump
@@ -91,7 +91,11 @@ class _Text:
 
     def __init__(self, text: str | None, file: Path | None, ids: str | None):
         if file is not None:
-            text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+            text = decoded(sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes(), f"--file {file}")
+        elif text is not None:
+            from ..generation.chat import check_text
+
+            check_text(text, "--text")
         self.text, self.ids = text, None if ids is None else _ids(ids)
 
 

@@ -47,8 +47,10 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     from ..checkpoints import compare
+    from ..generation.chat import check_text
 
     check_dtype(dtype)
+    check_text(text or "", "--text")
     if other is None and record is None:
         raise ValueError("There is nothing to compare with: name B, or write what A computes with --record FILE.")
     if record is not None:

@@ -68,7 +68,7 @@ def cli(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.delenv("NEMOTRON_H_DEBUG", raising=False)
 
-    def run(*arguments: str, code: int = 0, input: str | None = None) -> Result:
+    def run(*arguments: str, code: int = 0, input: str | bytes | None = None) -> Result:
         result = CliRunner().invoke(app, list(arguments), input=input)
         assert result.exit_code == code, result.output
         return result
@@ -80,7 +80,7 @@ def cli(monkeypatch: pytest.MonkeyPatch):
 def refused(cli):
     """`refused(...)` runs a command line that must fail, and gives its one sentence."""
 
-    def run(*arguments: str, input: str | None = None) -> str:
+    def run(*arguments: str, input: str | bytes | None = None) -> str:
         result = cli(*arguments, code=2, input=input)
         assert result.stdout == ""
         assert "Traceback" not in result.stderr

@@ -82,6 +82,21 @@ def test_a_folder_is_found_by_the_next(cli, tmp_path: Path) -> None:
     assert first["answer"] == again["answer"]
 
 
+def test_a_line_that_is_no_text_is_said_and_the_conversation_goes_on(cli) -> None:
+    """The first and the last of three questions are answered as if nothing stood between them."""
+    wrong = {b"caf\xe9?": "byte 3 is 0xe9", b"\xff\xfeH": "byte 0 is 0xff", b"a\0b": "NUL byte, at character 1"}
+    between = b"\n".join(wrong)
+    result = cli("chat", "--json", "--no-think", input=b"\n".join([FIRST.encode(), between, SECOND.encode()]))
+    undisturbed = turns(cli, "--no-think", input=f"{FIRST}\n{SECOND}\n")
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    for name in ("prompt", "answer", "prompt_tokens", "reused_tokens"):
+        assert [turn[name] for turn in answers] == [turn[name] for turn in undisturbed]
+    said = result.stderr.splitlines()
+    assert len(said) == 3
+    for line, reason in zip(said, wrong.values(), strict=True):
+        assert line.startswith("nemotron-h: This line ") and reason in line
+
+
 def test_without_a_template_the_text_goes_on(cli, base_model: str) -> None:
     first, second = turns(cli, "-m", base_model, "--greedy", "--max-new-tokens", "5", input="Once upon\n a time\n")
     assert second["prompt_tokens"] > first["prompt_tokens"] and second["reused_tokens"] > 0

@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from nemotron_h.bundled import WORD_PROBLEMS
+from nemotron_h.generation.chat import Chat
+from nemotron_h.generation.conversation import Conversation
+
 
 @pytest.mark.core
 def test_json(cli_json, chat_model: str) -> None:
@@ -63,6 +67,67 @@ def test_errors(refused, base_model: str, tmp_path: Path) -> None:
     assert "'float7'" in refused("generate", "Hi", "-m", base_model, "--dtype", "float7")
     assert "'gpu'" in refused("generate", "Hi", "-m", base_model, "--device", "gpu")
     assert "no config.json" in refused("generate", "Hi", "-m", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("written", "sentence"),
+    [
+        (b"caf\xe9?", "byte 3 is 0xe9"),
+        (b"\xff\xfeH\0i\0", "byte 0 is 0xff"),  # UTF-16, as Windows' editors call Unicode
+        (b"Hi\xed\xb3\xbf", "byte 2 is 0xed"),  # a lone surrogate, encoded
+        (b"Hi \xf0\x9f\x99", "byte 3 is 0xf0"),  # cut in the middle of a character
+        (b"a\0b", "NUL byte, at character 1"),
+    ],
+)
+def test_bytes_that_are_no_text(refused, written: bytes, sentence: str, tmp_path: Path) -> None:
+    """In a prompt that is piped, named on the command line (where Python makes surrogates of them), or in a file."""
+    said = refused("generate", "-", input=written)
+    assert said.startswith("nemotron-h: The prompt ") and sentence in said
+    (tmp_path / "text").write_bytes(written)
+    assert sentence in refused("logprobs", WORD_PROBLEMS, "--file", str(tmp_path / "text"))
+    assert sentence in refused("logprobs", WORD_PROBLEMS, "--file", "-", input=written)
+    if b"\0" not in written:  # no system hands on such an argument
+        argument = written.decode(errors="surrogateescape")
+        where = f"is not UTF-8: character {sentence.split()[1]} is "
+        assert f"The prompt {where}" in refused("generate", argument)
+        assert f"--system {where}" in refused("generate", "Hi", "--system", argument)
+        assert f"--system {where}" in refused("chat", "--system", argument, input="Hi")
+        assert f"--text {where}" in refused("logprobs", WORD_PROBLEMS, "--text", argument)
+        assert f"--text {where}" in refused("verify", WORD_PROBLEMS, WORD_PROBLEMS, "--text", argument)
+
+
+def test_a_lone_surrogate_in_the_library(base_model: str) -> None:
+    chat = Chat.load(base_model)
+    for text in ("a\ud800", "\udcff", "x\udfffy"):
+        with pytest.raises(ValueError, match="The prompt is not UTF-8: character"):
+            chat.ask(text, max_new_tokens=1)
+        with pytest.raises(ValueError, match="The prompt is not UTF-8: character"):
+            Conversation(chat).say(text, max_new_tokens=1)
+
+
+def test_lines_of_windows_and_other_alphabets_are_text(cli_json, base_model: str) -> None:
+    arguments = ("-m", base_model, "--greedy", "--max-new-tokens", "2")
+    for written in ("Wie groß?\r\nUnd wo?\r\n", "東京 🙂\n", "naïve"):
+        text = written.replace("\r\n", "\n").rstrip("\n")
+        assert cli_json("generate", "-", *arguments, input=written.encode())["prompt"] == text
+        assert cli_json("generate", text, *arguments)["prompt"] == text
+
+
+def test_a_switch_that_does_not_switch_is_one_line(cli, chat_model: str, tmp_path: Path) -> None:
+    """Of a template that has none, once, however often it is asked; and of a message that the switch is read in."""
+    shutil.copytree(chat_model, tmp_path / "none")
+    (tmp_path / "none" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    few = ("--greedy", "--max-new-tokens", "2")
+    for more in ((), ("--json",)):
+        said = cli("generate", "Hi", "-m", str(tmp_path / "none"), "--no-think", *few, *more).stderr.splitlines()
+        assert [line for line in said if "nemotron-h:" in line] == [
+            "nemotron-h: This chat template has no switch for reasoning: think=False changes nothing."
+        ]
+    said = cli("chat", "-m", str(tmp_path / "none"), "--no-think", *few, input="Hi\nWell\nAnd?\n").stderr
+    assert said.count("no switch for reasoning") == 1
+    letters = "nemotron-h: The chat template takes its switch's letters out of 'https://x/think'"
+    assert letters in cli("generate", "See https://x/think now", "--no-think", *few).stderr
+    assert "nemotron-h:" not in cli("generate", "See https://x now", "--no-think", *few).stderr
 
 
 def test_weights_that_are_cut_off(refused, base_model: str, tmp_path: Path) -> None:
