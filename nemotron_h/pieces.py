@@ -7,6 +7,9 @@ for padded rows transformers' attention does, which makes a mask and repeats the
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -23,6 +26,19 @@ from .packing import document_ids, padding_mask
 _BUDGET = {"cpu": 256 << 20}
 _BUDGET_ELSEWHERE = 1 << 30
 _STEP = 256
+# No more at a time while somebody watches, so that a small model says something every second or two.
+_WATCHED = 2048
+_watcher: ContextVar[Callable[[int, int], None] | None] = ContextVar("watcher", default=None)
+
+
+@contextmanager
+def watched(done: Callable[[int, int], None]) -> Iterator[None]:
+    """Within, `done(seen, total)` is called before a long row and after each piece of it, with numbers of tokens."""
+    token = _watcher.set(done)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 def piece_length(config: NemotronHConfig, batch: int, device: torch.device, dtype: torch.dtype) -> int:
@@ -69,6 +85,8 @@ def wanted(
         return 0
     batch, length = tokens.shape[:2]
     piece = piece_length(model.config, batch, tokens.device, model.dtype)
+    if _watcher.get() is not None:
+        piece = min(piece, _WATCHED)
     recorded = ("output_hidden_states", "output_attentions", "output_router_logits")
     if (
         length <= piece
@@ -110,6 +128,8 @@ def run(
         if isinstance(layer, GrowingLayer):
             layer.expected_length = past + length
     kept: list[Tensor] = []
+    if (watcher := _watcher.get()) is not None:
+        watcher(past, past + length)
     with Uninterrupted(cache, "a long prompt"):
         for start in range(0, length, piece):
             here = slice(start, min(start + piece, length))
@@ -123,5 +143,7 @@ def run(
             first = max(0, length - keep - start) if keep else 0
             if first < here.stop - start:
                 kept.append(outputs.last_hidden_state[:, first:].clone())
+            if watcher is not None:
+                watcher(past + here.stop, past + length)
     outputs.last_hidden_state = torch.cat(kept, dim=1)
     return outputs

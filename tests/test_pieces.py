@@ -222,6 +222,57 @@ def not_cut(model, ids, in_pieces, **inputs):
     return out
 
 
+@torch.no_grad()
+def test_who_watches_is_told_and_changes_nothing(in_pieces):
+    """Before the first piece and after each, past what a cache holds; afterwards nobody is."""
+    model, ids = small_model(), tokens(1, LENGTH)
+    whole = model(ids).logits
+    said = []
+    with in_pieces(model) as lengths, pieces.watched(lambda *numbers: said.append(numbers)):
+        assert relative_difference(model(ids).logits, whole) <= TOLERANCE
+        assert (lengths, said) == (CUT, [(0, 29), (8, 29), (16, 29), (24, 29), (29, 29)])
+        said.clear()
+        cache = NemotronHCache(model.config)
+        model(ids[:, :5], past_key_values=cache)  # short: there is nothing to tell
+        assert relative_difference(model(ids[:, 5:], past_key_values=cache).logits, whole[:, 5:]) <= TOLERANCE
+        assert said == [(5, 29), (13, 29), (21, 29), (29, 29)]
+        said.clear()
+        model.generate(ids, max_new_tokens=4, do_sample=False)
+        assert said[-1] == (29, 29) and len(said) == 5
+    said.clear()
+    with in_pieces(model):
+        model(ids)
+    assert said == []
+
+
+@torch.no_grad()
+def test_what_is_watched_goes_in_pieces_that_take_no_minutes(monkeypatch):
+    """Of a small model, which else takes tens of thousands of tokens at once; what somebody wants cut finer, is."""
+    model, ids = small_model(), tokens(1, 37)
+    monkeypatch.setattr(pieces, "_STEP", 4)
+    monkeypatch.setattr(pieces, "_WATCHED", 16)
+    with watched(model) as lengths:
+        model(ids)
+        assert lengths == [37]
+        lengths.clear()
+        with pieces.watched(lambda seen, total: None):
+            model(ids)
+        assert lengths == [16, 16, 5]
+
+
+@torch.no_grad()
+def test_a_watcher_that_fails_is_not_kept(in_pieces):
+    model, ids = small_model(), tokens(1, LENGTH)
+
+    def fail(seen, total):
+        raise KeyboardInterrupt
+
+    with in_pieces(model):
+        with pytest.raises(KeyboardInterrupt), pieces.watched(fail):
+            model(ids)
+        assert model(ids).logits.shape[1] == LENGTH
+
+
 @every_family
 @torch.no_grad()
 def test_packed_rows_are_not_cut(family, in_pieces):

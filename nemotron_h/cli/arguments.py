@@ -105,6 +105,34 @@ def decoded(written: bytes, what: str) -> str:
     return check_text(text.replace("\r\n", "\n").replace("\r", "\n"), what)
 
 
+@contextmanager
+def prefill_shown() -> Iterator[None]:
+    """How far a long prompt is, on a terminal's stderr and only as long as that takes; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ..pieces import watched
+
+    columns = (TextColumn("prompt"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task("")
+
+    def show(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
+        if done < total:
+            bar.start()
+        else:
+            bar.stop()
+
+    with watched(show):
+        try:
+            yield
+        finally:
+            bar.stop()
+
+
 def show(console: Console, text: str, style: str = "") -> None:
     """Print a piece of a model's text: as it is, no markup, no line end, wrapped by the terminal."""
     console.print(Text(text, style=style), end="", soft_wrap=True)

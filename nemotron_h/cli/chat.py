@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from .arguments import DeviceOption, DtypeOption, ModelOption, decoded, load_chat, parse_size, size
+from .arguments import DeviceOption, DtypeOption, ModelOption, decoded, load_chat, parse_size, prefill_shown, size
 from .generate import sampling_arguments, streamer_for
 
 if TYPE_CHECKING:
@@ -121,7 +121,8 @@ def _command(command: str, conversation: Conversation, notes: Console) -> bool:
 def _turn(conversation: Conversation, text: str, sampling: dict[str, Any], notes: Console, as_json: bool) -> None:
     streamer = None if as_json else streamer_for(Console(), conversation.chat)
     try:
-        turn = conversation.say(text, streamer=streamer, **sampling)
+        with prefill_shown():
+            turn = conversation.say(text, streamer=streamer, **sampling)
     except KeyboardInterrupt:
         notes.print("\nStopped; this turn is not part of the conversation.", style="yellow")
         return

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .arguments import DeviceOption, DtypeOption, JsonOption, ModelOption, decoded, load_chat, show
+from .arguments import DeviceOption, DtypeOption, JsonOption, ModelOption, decoded, load_chat, prefill_shown, show
 
 NAME = "generate"
 HELP = "Ask a model, and watch it think and answer. Models without a chat template continue the text."
@@ -77,9 +77,10 @@ def run(
     if not chat.has_template and not as_json:
         notes.print("This model has no chat template: the text is continued as it is.", style="dim")
     streamer = None if as_json else streamer_for(console, chat)
-    reply = chat.ask(
-        text, system=system, think=think, streamer=streamer, max_new_tokens=max_new_tokens, **sampling, **drafts
-    )
+    with prefill_shown():
+        reply = chat.ask(
+            text, system=system, think=think, streamer=streamer, max_new_tokens=max_new_tokens, **sampling, **drafts
+        )
     if as_json:
         result = {**asdict(reply), "tokens_per_second": round(reply.tokens_per_second, 2)}
         typer.echo(json.dumps(result, ensure_ascii=False))

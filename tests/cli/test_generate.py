@@ -1,6 +1,11 @@
 """`nemotron-h generate`: what is streamed, what is refused, what --json says."""
 
+import os
+import re
 import shutil
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -128,6 +133,45 @@ def test_a_switch_that_does_not_switch_is_one_line(cli, chat_model: str, tmp_pat
     letters = "nemotron-h: The chat template takes its switch's letters out of 'https://x/think'"
     assert letters in cli("generate", "See https://x/think now", "--no-think", *few).stderr
     assert "nemotron-h:" not in cli("generate", "See https://x now", "--no-think", *few).stderr
+
+
+def in_a_terminal(*arguments: str, stdin: bytes) -> tuple[bytes, bytes]:
+    """What the command line writes to its standard output, and to a terminal that is its standard error."""
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "100", "TERM": "xterm-256color"}
+    command = [sys.executable, "-m", "nemotron_h", *arguments]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=theirs, env=environment
+    ) as process:
+        os.close(theirs)
+        process.stdin.write(stdin)
+        process.stdin.close()
+        shown = b""
+        with suppress(OSError):  # how Linux ends a terminal that nobody writes to any more
+            while piece := os.read(ours, 1 << 16):
+                shown += piece
+        os.close(ours)
+        return process.stdout.read(), shown
+
+
+@pytest.mark.parametrize("command", [("generate", "-"), ("chat",)], ids=["generate", "chat"])
+def test_a_terminal_shows_how_far_a_long_prompt_is(cli, base_model: str, command: tuple[str, ...]) -> None:
+    arguments = (*command, "-m", base_model, "--greedy", "--max-new-tokens", "3")
+    written = b"a long text, " * 400
+    printed, shown = in_a_terminal(*arguments, stdin=written)
+    total = len(written) - (command == ("chat",))  # the last token is left to begin with
+    text = re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", shown)
+    seen = [int(done) for done, of in re.findall(rb"(\d+)/(\d+) tokens", text) if int(of) == total]
+    assert seen[0] == 0 and seen == sorted(seen)
+    assert b"3 tokens in" in text
+    piped = cli(*arguments, input=written)  # where standard error is no terminal
+    assert printed.decode() == piped.stdout
+    assert "prompt" not in piped.stderr and "\x1b" not in piped.stderr
+
+
+def test_a_short_prompt_has_nothing_to_show(base_model: str) -> None:
+    assert b"prompt" not in in_a_terminal("generate", "Hi", "-m", base_model, "--max-new-tokens", "3", stdin=b"")[1]
 
 
 def test_weights_that_are_cut_off(refused, base_model: str, tmp_path: Path) -> None:
