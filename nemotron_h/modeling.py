@@ -139,13 +139,12 @@ class NemotronHMamba2Mixer(Float32Parameters):
             and window_BCW is not None
             and state_BHPN is not None
             and length <= ops.FEW_TOKENS
-            and mask_BL is None
             and seq_idx_BL is None
             and is_called_plainly(self.conv1d, NemotronHConv1d)
             and is_called_plainly(self.norm, NemotronHRMSNormGated)
             and self.norm.n_groups == self.n_groups
         ):
-            y_BLI = self._few(projected, window_BCW, state_BHPN)
+            y_BLI = self._few(projected, window_BCW, state_BHPN, mask_BL)
             if y_BLI is not None:
                 memory.update(window_BCW, state_BHPN, length)
                 return project(self.out_proj, y_BLI)
@@ -159,7 +158,9 @@ class NemotronHMamba2Mixer(Float32Parameters):
         y_BLI = self.norm(y_BLHP.reshape(batch, length, self.intermediate_size), z_BLI)
         return project(self.out_proj, y_BLI)
 
-    def _few(self, projected_BLK: Tensor, window_BCW: Tensor, state_BHPN: Tensor) -> Tensor | None:
+    def _few(
+        self, projected_BLK: Tensor, window_BCW: Tensor, state_BHPN: Tensor, mask_BL: Tensor | None = None
+    ) -> Tensor | None:
         """What is between the projections for a few tokens in one call, window and state in place; None where the parts
         have to be called."""
         return ops.mamba_step(
@@ -176,6 +177,7 @@ class NemotronHMamba2Mixer(Float32Parameters):
             activation=self.conv1d.activation,
             time_step_limit=self.time_step_limit,
             eps=self.norm.variance_epsilon,
+            mask_BL=mask_BL,
         )
 
     def _scan(
@@ -229,7 +231,7 @@ class NemotronHMamba2Mixer(Float32Parameters):
         self, inputs_BLK: Tensor, mask_BL: Tensor | None, window_BCW: Tensor | None, state_BHPN: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The window and the state after tokens whose raw inputs (B, L, C + H) were recorded, one after the other. In
-        place where native.c does it, so the caller hands copies over."""
+        place where ops.mamba_step does it, so the caller hands copies over."""
         for few_BLK, few_BL in zip(
             inputs_BLK.split(ops.FEW_TOKENS, dim=1),
             itertools.repeat(None) if mask_BL is None else mask_BL.split(ops.FEW_TOKENS, dim=1),

@@ -4,8 +4,8 @@ The torch implementations serve every device and dtype. On CUDA the packages' ke
 and compute the same: never for float64, never for a float32 scan (theirs multiplies in TF32), never while torch.compile
 traces. They are looked for at the first use on a CUDA tensor, not at import. `NEMOTRON_H_KERNELS=0` keeps to torch.
 
-The adapters below turn our argument conventions into the packages'. They were tested against stand-ins with the
-packages' signatures, on a CPU; they have not been run on a GPU yet.
+The adapters below turn our argument conventions into the packages'. They are tested on a CPU, by mamba-ssm's own Triton
+functions in an interpreter and causal-conv1d's own references (tests/kernels); they have not been run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -68,8 +68,6 @@ def which(
     device: torch.device,
     dtype: torch.dtype,
     *,
-    initial_state: bool = False,
-    packed: bool = False,
     gradient: bool = False,
     kernel_size: int = 4,
     channels: int = 8,
@@ -78,11 +76,9 @@ def which(
     """The implementation of `op` for tensors of this device and dtype, with the reason in words.
 
     Args:
-        op: "ssd", "ssd_step" or "causal_conv".
-        initial_state: ssd goes on from a given state.
-        packed: ssd keeps documents apart by seq_idx.
+        op: "ssd", "ssd_step", "causal_conv" or "causal_conv_step".
         gradient: a gradient is wanted.
-        kernel_size, channels, activation: causal_conv's.
+        kernel_size, channels, activation: the convolution's.
     """
     kernel = _KERNELS[op]
     if device.type not in KERNEL_DEVICES:
@@ -91,17 +87,14 @@ def which(
         return Choice("torch", None, f"{ENVIRONMENT_VARIABLE}={os.environ[ENVIRONMENT_VARIABLE]}")
     if dtype not in kernel.dtypes:
         return Choice("torch", None, f"{kernel.package}'s kernel is not exact in {str(dtype).removeprefix('torch.')}")
-    if op == "ssd" and initial_state and packed:
-        return Choice("torch", None, "an initial state together with packed documents is only sure in torch")
-    if op == "ssd_step" and gradient:
+    if op.endswith("_step") and gradient:
         return Choice("torch", None, f"{kernel.package}'s one-token kernel has no backward")
-    if op == "causal_conv" and not (2 <= kernel_size <= 4 and channels % 8 == 0):
-        return Choice(
-            "torch",
-            None,
-            f"causal-conv1d takes kernels of 2 to 4 and channels in eights, not {kernel_size} and {channels}",
-        )
-    if op == "causal_conv" and activation not in (None, "silu", "swish"):
+    convolves = op.startswith("causal_conv")
+    if convolves and not 2 <= kernel_size <= 4:
+        return Choice("torch", None, f"causal-conv1d takes kernels of 2 to 4, not {kernel_size}")
+    if op == "causal_conv" and channels % 8 != 0:
+        return Choice("torch", None, f"causal-conv1d takes channels in eights, not {channels}")
+    if convolves and activation not in (None, "silu", "swish"):
         return Choice("torch", None, f"causal-conv1d has no activation {activation!r}")
     function, problem = _find(op)
     if function is None:
@@ -222,21 +215,28 @@ def _ssd_step(
     C_BGN: Tensor,
     D_H: Tensor,
     state_BHPN: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
+    """y (B, H, P); the state moves on in place, in the dtype that it is held in. The kernel computes in float32."""
     heads, head_dim, state_size = state_BHPN.shape[1:]
-    new_state_BHPN = state_BHPN.to(torch.float32, copy=True)  # the kernel writes into what it is given
-    y_BHP = selective_state_update(
-        new_state_BHPN,
+    # Expanded, never copied: stride 0 is how the kernel knows that dt, its bias, A and D are one number per head. It
+    # asks the bias for its stride before it asks whether there is one. The time step is ours and not the kernel's own
+    # log(1 + exp(.)), which is 1e-5 off in float32 where dt_bias is -6 and 5e-3 where it is -12.
+    return selective_state_update(
+        state_BHPN,
         x_BHP,
-        # Expanded, never copied: stride 0 is how the kernel knows that dt, A and D are one number per head.
         dt_BH.float()[..., None].expand(-1, -1, head_dim),
         A_H.float()[:, None, None].expand(heads, head_dim, state_size),
         B_BGN,
         C_BGN,
         D=D_H.float()[:, None].expand(heads, head_dim),
+        dt_bias=_zero(x_BHP.device).expand(heads, head_dim),
         dt_softplus=False,
     )
-    return y_BHP, new_state_BHPN
+
+
+@functools.cache
+def _zero(device: torch.device) -> Tensor:
+    return torch.zeros(1, 1, device=device)
 
 
 def _taps(
@@ -259,6 +259,24 @@ def _taps(
     return y_BCE[..., weight_CK.shape[1] - 1 :].transpose(1, 2)
 
 
+def _taps_step(
+    causal_conv1d_update: Callable[..., Any],
+    x_BC: Tensor,
+    window_BCW: Tensor,
+    weight_CK: Tensor,
+    bias_C: Tensor | None,
+    activation: str | None,
+    mask_B1: Tensor | None,
+) -> Tensor:
+    """y (B, C), 0 at pads; the window moves on in place, but for a pad's."""
+    if mask_B1 is None:
+        return causal_conv1d_update(x_BC, window_BCW, weight_CK, bias=bias_C, activation=activation)
+    before_BCW = window_BCW.clone()
+    y_BC = causal_conv1d_update(x_BC, window_BCW, weight_CK, bias=bias_C, activation=activation)
+    torch.where(mask_B1[..., None], window_BCW, before_BCW, out=window_BCW)
+    return torch.where(mask_B1, y_BC, 0)
+
+
 _HALF = (torch.float16, torch.bfloat16)
 
 _KERNELS = {
@@ -276,7 +294,7 @@ _KERNELS = {
         "the Mamba-2 scan",
         "mamba_ssm.ops.triton.selective_state_update",
         "selective_state_update",
-        ("D", "dt_softplus"),
+        ("D", "dt_bias", "dt_softplus"),
         _ssd_step,
         (*_HALF, torch.float32),
     ),
@@ -287,6 +305,16 @@ _KERNELS = {
         "causal_conv1d_fn",
         ("bias", "seq_idx", "activation"),
         _taps,
+        (*_HALF, torch.float32),
+    ),
+    "causal_conv_step": _Kernel(
+        "causal-conv1d",
+        "the convolution before the scan",
+        "causal_conv1d",
+        "causal_conv1d_update",
+        # The last only to be known by: since they take it, they take a state of kernel - 1 columns.
+        ("bias", "activation", "cache_seqlens"),
+        _taps_step,
         (*_HALF, torch.float32),
     ),
 }

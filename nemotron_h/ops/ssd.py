@@ -80,9 +80,7 @@ def ssd(
         in the computing dtype.
     """
     if backends.serves(x_BLHP):
-        kernel = backends.kernel_for(
-            "ssd", x_BLHP, initial_state=initial_state_BHPN is not None, packed=seq_idx_BL is not None
-        )
+        kernel = backends.kernel_for("ssd", x_BLHP)
         if kernel is not None:
             return kernel(
                 x_BLHP,
@@ -454,7 +452,8 @@ def ssd_step(
         gradient = wants_gradient(x_BHP, dt_BH, A_H, B_BGN, C_BGN, D_H, state_BHPN)
         kernel = backends.kernel_for("ssd_step", x_BHP, gradient=gradient)
         if kernel is not None:
-            return kernel(x_BHP, dt_BH, A_H, B_BGN, C_BGN, D_H, state_BHPN)
+            state_BHPN = state_BHPN.to(torch.float32, copy=True)
+            return kernel(x_BHP, dt_BH, A_H, B_BGN, C_BGN, D_H, state_BHPN), state_BHPN
     dtype = compute_dtype(x_BHP, dt_BH, A_H, state_BHPN)
     batch, heads, head_dim = x_BHP.shape
     groups, state_size = B_BGN.shape[1:]
