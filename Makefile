@@ -19,8 +19,9 @@ PYTEST_ARGS ?=
 # Each has a time budget of its own, ten minutes in all; BENCH_ARGS=--full measures everything whole, for hours.
 BENCHMARKS ?= loading convert tiny_decode moe mamba_layer decode long_prefill prefill modelopt training snapshots speculation
 BENCH_ARGS ?=
-# Puts the library's own tests where tests/library looks; without the package index they are skipped, which pytest says.
-FETCH ?= tests/library/fetch.py
+# Put the library's own tests, and the CUDA packages' own functions, where tests/library and tests/kernels look; without
+# the package index they are skipped, which pytest says.
+FETCH ?= tests/library/fetch.py tests/kernels/fetch_packages.py
 
 STAMP := $(VENV)/.installed
 ifeq ($(PY),$(VENV)/bin/python)
@@ -47,7 +48,7 @@ demo: $(ENV)
 	$(PY) -m nemotron_h demo
 
 test: $(ENV)
-	$(if $(FETCH),-@$(PY) $(FETCH))
+	-@for script in $(FETCH); do $(PY) $$script; done
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 	  $(PY) -m pytest -n $(JOBS) $(PYTEST_ARGS)
 

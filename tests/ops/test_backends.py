@@ -1,7 +1,7 @@
-"""nemotron_h/ops/backends.py: what is chosen and said, and that the adapters speak the packages' language.
+"""nemotron_h/ops/backends.py: what is chosen and said.
 
-There is no GPU here. Stand-ins with the packages' signatures and layouts, computing by the reference, take the kernels'
-place, and the choice is made to serve CPU tensors. What the real kernels compute is not tested by this file.
+There is no GPU here: functions with the packages' signatures, which nothing calls, take the kernels' place. What the
+packages' own compute through the adapters is tested in tests/kernels.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import types
 
 import pytest
 import torch
-from comparing import assert_same, error, random
+from comparing import random
 
 from nemotron_h import ops
-from nemotron_h.ops import backends, reference
+from nemotron_h.ops import backends
 
 CUDA, CPU, BF16, F32 = torch.device("cuda"), torch.device("cpu"), torch.bfloat16, torch.float32
 B, L, H, P, G, N, C, K = 2, 9, 4, 3, 2, 5, 8, 4
@@ -25,34 +25,19 @@ B, L, H, P, G, N, C, K = 2, 9, 4, 3, 2, 5, 8, 4
 def mamba_chunk_scan_combined(
     x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None, cu_seqlens=None,
     dt_softplus=False, dt_limit=(0.0, float("inf")), return_final_states=False, return_varlen_states=False,
-):  # fmt: skip
-    assert chunk_size & (chunk_size - 1) == 0 and not dt_softplus and dt_bias is None and dt_limit[0] == 0.0
-    assert x.dtype == B.dtype == C.dtype and dt.dtype == A.dtype == D.dtype == torch.float32
-    assert seq_idx is None or (seq_idx.dtype == torch.int32 and (seq_idx[:, 0] == 0).all() and initial_states is None)
-    y, state = reference.ssd(x, dt, A, B, C, D, initial_state_BHPN=initial_states, seq_idx_BL=seq_idx)
-    return (y, state.float()) if return_final_states else y
+): ...  # fmt: skip
 
 
-def selective_state_update(
-    state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, state_batch_indices=None
-):
-    assert state.dtype == torch.float32 and not dt_softplus and dt_bias is None
-    assert A.shape == state.shape[1:] and D.shape == x.shape[1:] and dt.shape == x.shape
-    # The kernel takes its tied path, one number per head, only for expanded views.
-    assert dt.stride(-1) == A.stride(-1) == A.stride(-2) == D.stride(-1) == 0
-    y, new_state = reference.ssd_step(x, dt[..., 0], A[:, 0, 0], B, C, D[:, 0], state)
-    state.copy_(new_state)
-    return y
+def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False): ...
 
 
 def causal_conv1d_fn(
     x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, final_states_out=None,
     activation=None,
-):  # fmt: skip
-    assert activation in (None, "silu", "swish") and x.stride(1) == 1 and x.stride(0) % 8 == x.stride(2) % 8 == 0
-    assert seq_idx is None or (seq_idx.dtype == torch.int32 and seq_idx.is_contiguous() and initial_states is None)
-    x = x.transpose(1, 2)
-    return reference.causal_conv(x, weight, bias, seq_idx_BL=seq_idx, activation=activation)[0].transpose(1, 2)
+): ...  # fmt: skip
+
+
+def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cache_seqlens=None): ...
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +56,7 @@ def install(monkeypatch, **functions):
         "mamba_chunk_scan_combined": "mamba_ssm.ops.triton.ssd_combined",
         "selective_state_update": "mamba_ssm.ops.triton.selective_state_update",
         "causal_conv1d_fn": "causal_conv1d",
+        "causal_conv1d_update": "causal_conv1d",
     }
     for name, function in functions.items():
         parts = homes[name].split(".")
@@ -90,6 +76,7 @@ def installed(monkeypatch):
         mamba_chunk_scan_combined=mamba_chunk_scan_combined,
         selective_state_update=selective_state_update,
         causal_conv1d_fn=causal_conv1d_fn,
+        causal_conv1d_update=causal_conv1d_update,
     )
 
 
@@ -106,10 +93,12 @@ class TestChoice:
             ("ssd", "torch", "mamba-ssm has no kernel for cpu"),
             ("ssd_step", "torch", "mamba-ssm has no kernel for cpu"),
             ("causal_conv", "torch", "causal-conv1d has no kernel for cpu"),
+            ("causal_conv_step", "torch", "causal-conv1d has no kernel for cpu"),
         ]
 
     def test_installed_kernels_are_taken(self, installed, caplog):
-        assert [name for _, name, _ in backends.report("cuda")] == ["mamba-ssm", "mamba-ssm", "causal-conv1d"]
+        names = [name for _, name, _ in backends.report("cuda")]
+        assert names == ["mamba-ssm", "mamba-ssm", "causal-conv1d", "causal-conv1d"]
         assert not caplog.records
 
     @pytest.mark.parametrize("value", ["0", "off", "False"])
@@ -126,9 +115,12 @@ class TestChoice:
             ("ssd", F32, {}),  # the kernel's matrix products would be TF32
             ("ssd_step", torch.float64, {}),
             ("causal_conv", torch.float64, {}),
-            ("ssd", BF16, {"initial_state": True, "packed": True}),
+            ("causal_conv_step", torch.float64, {}),
             ("ssd_step", BF16, {"gradient": True}),
+            ("causal_conv_step", BF16, {"gradient": True}),
             ("causal_conv", BF16, {"kernel_size": 5}),
+            ("causal_conv_step", BF16, {"kernel_size": 5}),
+            ("causal_conv_step", BF16, {"activation": torch.tanh}),
             ("causal_conv", BF16, {"channels": 12}),
             ("causal_conv", BF16, {"activation": torch.tanh}),
         ],
@@ -140,6 +132,8 @@ class TestChoice:
     def test_float32_where_the_kernel_is_exact(self, installed):
         assert backends.which("ssd_step", CUDA, F32).name == "mamba-ssm"
         assert backends.which("causal_conv", CUDA, F32).name == "causal-conv1d"
+        # which alone works over channels in eights
+        assert backends.which("causal_conv_step", CUDA, F32, channels=12).name == "causal-conv1d"
 
     def test_torch_is_taken_while_compiling(self, serving_cpu, generator):
         x, dt, A, b, c, D = scan_inputs(generator)
@@ -187,6 +181,10 @@ class TestWhatIsSaid:
         message = self.messages(caplog, "causal_conv")
         assert "causal_conv1d.causal_conv1d_fn does not take seq_idx" in message and "--upgrade" in message
 
+    def test_a_version_whose_window_is_a_column_wider(self, monkeypatch, caplog):
+        install(monkeypatch, causal_conv1d_update=lambda x, conv_state, weight, bias=None, activation=None: x)
+        assert "does not take cache_seqlens" in self.messages(caplog, "causal_conv_step")
+
     def test_one_package_is_complained_of_once_for_both_its_ops(self, monkeypatch, caplog):
         monkeypatch.setitem(sys.modules, "mamba_ssm", None)
         with caplog.at_level(logging.WARNING, "nemotron_h"):
@@ -215,64 +213,3 @@ def scan_inputs(generator):
     draw = functools.partial(random, generator)
     x, b, c = (draw(*shape).to(BF16) for shape in ((B, L, H, P), (B, L, G, N), (B, L, G, N)))
     return [x, draw(B, L, H).exp().float(), -draw(H).exp().float(), b, c, draw(H).float()]
-
-
-class TestAdapters:
-    """Through the public functions, with the stand-ins behind them."""
-
-    def test_the_stand_ins_are_reached(self, monkeypatch, serving_cpu, generator):
-        reached = []
-        for key, kernel in backends._KERNELS.items():
-            module = sys.modules[kernel.module]
-            original = getattr(module, kernel.function)
-
-            @functools.wraps(original)
-            def record(*args, _key=key, _original=original, **kwargs):
-                reached.append(_key)
-                return _original(*args, **kwargs)
-
-            monkeypatch.setattr(module, kernel.function, record)
-        x, dt, A, b, c, D = scan_inputs(generator)
-        ops.ssd(x, dt, A, b, c, D)
-        ops.ssd_step(x[:, 0], dt[:, 0], A, b[:, 0], c[:, 0], D, torch.zeros(B, H, P, N))
-        ops.causal_conv(torch.zeros(B, L, C), torch.zeros(C, K), None)
-        assert reached == ["ssd", "ssd_step", "causal_conv"]
-
-    @pytest.mark.parametrize("case", ["plain", "state", "packed"])
-    def test_scan(self, serving_cpu, generator, case):
-        inputs = scan_inputs(generator)
-        kwargs = {
-            "plain": {},
-            "state": {"initial_state_BHPN": random(generator, B, H, P, N, dtype=F32)},
-            "packed": {"seq_idx_BL": torch.tensor([[4, 4, 4, 1, 1, 4, 4, 4, 4], [2] * 9])},
-        }[case]
-        assert_same(functools.partial(ops.ssd, **kwargs), functools.partial(reference.ssd, **kwargs), inputs, 2**-7)
-
-    @pytest.mark.parametrize("state_dtype", [F32, BF16])
-    def test_step(self, serving_cpu, generator, state_dtype):
-        x, dt, A, b, c, D = scan_inputs(generator)
-        state = random(generator, B, H, P, N, dtype=state_dtype)
-        before = state.clone()
-        inputs = [x[:, 0], dt[:, 0], A, b[:, 0], c[:, 0], D, state]
-        y, after = ops.ssd_step(*inputs)
-        expected, expected_after = torch_only(ops.ssd_step)(*inputs)
-        assert error(y, expected) < 2**-7 and error(after, expected_after) < 1e-6
-        assert torch.equal(state, before) and after.dtype == F32
-
-    @pytest.mark.parametrize("activation", ["silu", None])
-    @pytest.mark.parametrize("case", ["plain", "masked", "packed", "masked-packed"])
-    def test_conv(self, serving_cpu, generator, case, activation):
-        draw = functools.partial(random, generator, dtype=F32)
-        kwargs = {
-            "window_BCW": draw(B, C, K - 1),
-            "mask_BL": torch.rand(B, L, generator=generator) > 0.3 if "masked" in case else None,
-            "seq_idx_BL": torch.randint(0, 2, (B, L), generator=generator) if "packed" in case else None,
-            "activation": activation,
-        }
-        inputs = [draw(B, L, C), draw(C, K), draw(C)]
-        assert_same(
-            functools.partial(ops.causal_conv, **kwargs),
-            torch_only(functools.partial(ops.causal_conv, **kwargs)),
-            inputs,
-            1e-6,
-        )
