@@ -6,9 +6,7 @@ towards the library; towards the user every spelling works on every version.
 
 from __future__ import annotations
 
-import functools
 import inspect
-import sys
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -71,37 +69,6 @@ def causal_mask(
     return create_causal_mask(config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
 
 
-def let_peft_adapt() -> None:
-    """Let PEFT adapt what its rules for Mamba models forbid and what it does not know, once it is imported; idempotent.
-
-    PEFT refuses targets called `out_proj` in every model of this `model_type`, because `transformers`' own class hands
-    that weight to a fused kernel, past the adapter. This package's classes call `out_proj` as a module, whatever kernel
-    runs, so for their instances, and for that name only, the check is passed over; `conv1d` stays refused, and so does
-    either name in `transformers`' own class. There is no other way in: the check is a function of PEFT's that reads
-    `config.model_type`. The same call is the last before an adapter is made and knows PEFT's config, so packed
-    weights, which PEFT would not treat rightly, get the classes of `lora.packed_layers` there.
-    """
-    tuners = sys.modules.get("peft.tuners.tuners_utils")
-    check = getattr(tuners, "_check_lora_target_modules_mamba", None)
-    if check is None or hasattr(check, "__wrapped__"):
-        return
-
-    @functools.wraps(check)
-    def check_unless_ours(peft_config: Any, model: Any, target_name: str) -> None:
-        from .modeling import NemotronHPreTrainedModel
-
-        if isinstance(model, NemotronHPreTrainedModel):
-            if hasattr(peft_config, "_register_custom_module"):
-                from .lora import packed_layers
-
-                peft_config._register_custom_module(packed_layers())
-            if target_name == "out_proj":
-                return
-        check(peft_config, model, target_name)
-
-    tuners._check_lora_target_modules_mamba = check_unless_ours  # type: ignore[union-attr]
-
-
 def _alias(name: str) -> property:
     return property(lambda self: getattr(self, CACHE_NAME), doc=f"`{CACHE_NAME}` under its other name.")
 
@@ -133,7 +100,6 @@ __all__ = [
     "NemotronHCausalLMOutput",
     "NemotronHModelOutput",
     "causal_mask",
-    "let_peft_adapt",
     "pick_cache",
     "rename_cache_kwarg",
 ]

@@ -15,7 +15,7 @@ heads, Q head dim of attention, V vocabulary.
 import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,7 +49,6 @@ from .compat import (
     NemotronHCausalLMOutput,
     NemotronHModelOutput,
     causal_mask,
-    let_peft_adapt,
     pick_cache,
     rename_cache_kwarg,
 )
@@ -65,6 +64,7 @@ from .layers import (
     project,
     residual_linear,
 )
+from .lora import check_no_virtual_tokens, let_peft_adapt
 from .masks import read_mask, remember_padding
 from .packing import check_prompt, document_ids, embedded, padding_mask, same_document, varlen_kwargs
 from .parallel import Distributed
@@ -72,17 +72,27 @@ from .parallel import Distributed
 _FORWARD_KWARGS = frozenset(
     {*TransformersKwargs.__optional_keys__, "return_dict", "debug_io", "debug_io_dir", "prune_layers"}
 )
+# What trainers hand to the backbone with all the rest: a head's business, which cuts and compares afterwards.
+_FOR_A_HEAD = frozenset({"labels", "shift_labels", "logits_to_keep", "skip_logits", "num_items_in_batch"})
+_RENAMED = {"num_logits_to_keep": "logits_to_keep"}
 
 
 def _check_kwargs(kwargs: Mapping[str, Any]) -> None:
     """Refuse what no layer would read, so that a misspelt argument is not lost."""
     if unknown := sorted(set(kwargs) - _FORWARD_KWARGS):
+        _check_renamed(kwargs)
         value = kwargs[unknown[0]]
         shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise TypeError(
             f"forward() got the unknown argument {unknown[0]}={shown}: leave it out; "
             "`help(NemotronHModel.forward)` lists what there is."
         )
+
+
+def _check_renamed(kwargs: Mapping[str, Any]) -> None:
+    for old, new in _RENAMED.items():
+        if old in kwargs:
+            raise TypeError(f"{old}={kwargs[old]!r} is the old name of an argument: write {new}={kwargs[old]!r}.")
 
 
 class NemotronHMamba2Mixer(Float32Parameters):
@@ -490,6 +500,9 @@ class NemotronHPreTrainedModel(Distributed, PreTrainedModel):
     ) -> Any:
         """`PreTrainedModel.from_pretrained`, which also refuses files that are cut short or lack tensors.
 
+        What a checkpoint has to have says the class that its config.json names in `architectures`; what only this class
+        has, a new head, is initialised, and the library's report names it.
+
         Args:
             quantize: "int8" or "int4": the linear layers and routed experts in so many bits, made while loading.
             quantized: "packed" keeps what NVIDIA's ModelOpt quantised (FP8, NVFP4) as it is and dequantises it where it
@@ -518,18 +531,37 @@ class NemotronHPreTrainedModel(Distributed, PreTrainedModel):
             raise OSError(f"{name} in {source} cannot be read ({reason}): fetch that file again.") from None
         except FileNotFoundError as error:
             raise OSError(
-                f"{source} lacks {Path(str(error.filename)).name}, which its index names: fetch it."
+                f"{source} lacks {Path(str(error.filename or error)).name}, which its index names: fetch it."
             ) from None
+        # With an adapter, what the library hands back is said of its tensors, not of the model's.
+        missing, mismatched = vars(model).pop("_loaded", (info["missing_keys"], info["mismatched_keys"]))
         if not ignore_mismatched_sizes:
-            published.check_shapes(info["mismatched_keys"], source)
-        if source is not None:
-            published.check_nothing_missing(model, info["missing_keys"], source)
+            published.check_shapes(mismatched, source)
+        if source is not None and missing:
+            named = published.architectures(source, model.config, kwargs)
+            published.check_nothing_missing(model, missing, source, _saved_from(named, type(model)))
         return (model, info) if output_loading_info else model
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        self._loaded = set(loading_info.missing_keys), set(loading_info.mismatched_keys)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """`nn.Module.load_state_dict`, which also takes the published names: Trainer reads the files of its own
         checkpoints with it when it resumes."""
         return super().load_state_dict(published.in_memory(state_dict, self), strict=strict, assign=assign)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The layers without a head, by the name that NVIDIA's remote code and the published files have for them."""
+        # A class of the remote code's kind may have a module of this name.
+        return self._modules.get("backbone") or self._modules.get(self.base_model_prefix) or self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A second module beside the first would be saved twice, and never called.
+        if name == "backbone" and self.base_model_prefix in self._modules:
+            name = self.base_model_prefix
+        super().__setattr__(name, value)
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Any:
         """`nn.Module.named_modules`. PEFT looks for its targets here: the moment to tell it what it may adapt."""
@@ -625,7 +657,11 @@ class NemotronHModel(NemotronHPreTrainedModel):
             use_cache: return the cache for going on; a new one is made where none is given.
             seq_idx: (B, L) number of the document that each token belongs to, for packed rows.
             cu_seq_lens_q, cu_seq_lens_k: (documents + 1,) cumulative lengths of the documents of one packed row.
+
+        What is a head's (`labels`, `logits_to_keep` and the like) is passed over: all positions come back.
         """
+        if not _FOR_A_HEAD.isdisjoint(kwargs):
+            kwargs = {name: value for name, value in kwargs.items() if name not in _FOR_A_HEAD}  # type: ignore[assignment]
         _check_kwargs(kwargs)
         x_BLD = embedded(self.embeddings, input_ids, inputs_embeds, self.config.hidden_size)
         batch, length = x_BLD.shape[:2]
@@ -872,6 +908,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
             "use_cache": use_cache,
+            "return_dict": True,  # whatever the config says: it is asked for its hidden states by name
             **{key: value for key, value in kwargs.items() if key != "num_items_in_batch"},
         }
         packing = {"seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
@@ -942,9 +979,11 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             ValueError: a cache of `transformers`' own, which without attention layers does not know its length;
                 `use_mtp` and a checkpoint without an MTP head, or more tokens at a time than the cache takes back.
         """
+        _check_renamed(kwargs)
         check_prompt(args, kwargs, self.config.hidden_size)
         kwargs = mtp.generation_options(self, args, kwargs)
         if (prompt_cache := kwargs.pop("prompt_cache", None)) is not None:
+            check_no_virtual_tokens(self, "prompt_cache= keeps states by the tokens that led to them")
             from .generation import prefixes
 
             return prefixes.generate(self, prompt_cache, *args, **kwargs)
@@ -985,9 +1024,13 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             cache.shown_again = 0
         # generate() hands the tokenizers that it needs for stop strings and assistants on to every step.
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if "prepare_inputs_for_generation" in vars(self) and CACHE_NAME in inputs:
+            # PEFT has put itself in front. It looks for the cache under this name, to know the prompt's first step.
+            inputs["past_key_values"] = inputs.pop(CACHE_NAME)
         return {name: value for name, value in inputs.items() if name not in ("tokenizer", "assistant_tokenizer")}
 
     def _assisted_decoding(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        check_no_virtual_tokens(self, "a draft is checked several tokens at a time")
         # Everywhere but here the library cuts a prompt to what a given cache has not seen.
         cache, mask = kwargs.get(CACHE_NAME), kwargs.get("attention_mask")
         if isinstance(cache, NemotronHCache):
@@ -1064,6 +1107,21 @@ class NemotronHForTokenClassification(GenericForTokenClassification, NemotronHPr
     """Nemotron-H with a linear classifier on every token."""
 
     _keys_to_ignore_on_load_unexpected = NemotronHModel._keys_to_ignore_on_load_unexpected
+
+
+def _saved_from(names: list[str], loading: type) -> type:
+    """The class among a checkpoint's `architectures`; a causal model's, as the published ones are, where nobody knows
+    them, so that no download that was cut short gets a random head."""
+    ours = (NemotronHModel, NemotronHForCausalLM, NemotronHForSequenceClassification, NemotronHForTokenClassification)
+    known = {cls.__name__: cls for cls in (*_subclasses(NemotronHPreTrainedModel), loading, *ours)}
+    return next((known[name] for name in names if name in known), NemotronHForCausalLM)
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    subclass: type
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
 
 
 published.register()

@@ -379,7 +379,9 @@ def _to_quantize(model: Any, config: NemotronHQuantizationConfig, check: bool) -
                 f"modules_to_not_convert has {pattern!r}, which no module of {type(model).__name__} is called: correct "
                 "it; `model.named_modules()` lists the names."
             )
-    always = [_compile(name) for name in (*_NEVER, *(() if config.include_output_embeddings else (_HEAD,)))]
+    # A head of another class is new more often than not, and small.
+    heads = {name for name, child in model.named_children() if isinstance(child, nn.Linear)} - {_HEAD}
+    always = [_compile(name) for name in (*_NEVER, *heads, *(() if config.include_output_embeddings else (_HEAD,)))]
     for canonical, name in names.items():
         module = model.get_submodule(name)
         linear = isinstance(module, nn.Linear) and not isinstance(module, _PackedWeights)

@@ -222,11 +222,25 @@ def unreadable_file(folder: str | Path) -> tuple[str, str] | None:
     return None
 
 
-def check_nothing_missing(model: Any, missing: Iterable[str], source: Any) -> None:
+_OF_THE_HUB = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+
+
+def architectures(source: Any, config: NemotronHConfig, options: Mapping[str, Any]) -> list[str]:
+    """The classes that a checkpoint's own config.json names; the config that it was loaded with may be another's."""
+    try:
+        fields, _ = NemotronHConfig.get_config_dict(
+            source, **{name: options[name] for name in _OF_THE_HUB if name in options}
+        )
+    except (OSError, ValueError):  # an adapter's folder has none
+        return config.architectures or []
+    return fields.get("architectures") or []
+
+
+def check_nothing_missing(model: Any, missing: Iterable[str], source: Any, saved_from: type) -> None:
     """Refuse a checkpoint that lacks tensors: `transformers` would go on with random numbers in their place.
 
-    A head that the checkpoint cannot have (classification) may be missing, and so may the whole multi-token-prediction
-    module, which `transformers`' own class drops on saving; it is then taken off the model.
+    What `saved_from`, the class that the checkpoint names, would not have either may be missing, and so may the whole
+    multi-token-prediction module, which `transformers`' own class drops on saving; it is then taken off the model.
 
     Raises:
         ValueError: names the first missing tensor and counts them.
@@ -242,15 +256,33 @@ def check_nothing_missing(model: Any, missing: Iterable[str], source: Any) -> No
         )
         model.mtp = None
         missing -= mtp
-    if type(model).__name__ not in (model.config.architectures or ()):
-        missing = {name for name in missing if not name.startswith("score.")}
+    if missing and saved_from is not type(model) and any(name not in missing for name, _ in model.named_parameters()):
+        missing -= _new(model, missing, saved_from)
     if missing:
         first = sorted(missing)[0]
         others = f" (and {len(missing) - 1} others)" if len(missing) > 1 else ""
-        raise ValueError(
-            f"{source} lacks the tensor {first}{others}: fetch the checkpoint again, or build an untrained model with "
-            f"{type(model).__name__}(config)."
-        )
+        remedy = f"build an untrained model with {type(model).__name__}(config)"
+        if all(name.startswith("lm_head.") for name in missing):
+            remedy = 'write "architectures": ["NemotronHModel"] into its config.json if it is a backbone alone'
+        raise ValueError(f"{source} lacks the tensor {first}{others}: fetch the checkpoint again, or {remedy}.")
+
+
+def _new(model: Any, missing: Iterable[str], saved_from: type) -> set[str]:
+    """Those of the missing tensors that a model of the class `saved_from` would not have."""
+    with torch.device("meta"):
+        reference = saved_from(type(model.config).from_dict(model.config.to_dict()))
+    prefix = f"{model.base_model_prefix}."
+    tensors = {name.removeprefix(prefix) for name in reference.state_dict()}
+    modules = {name.removeprefix(prefix) for name, _ in reference.named_modules() if name}
+    new = {name for name in missing if name.removeprefix(prefix) not in tensors and not name.startswith("mtp.")}
+    if getattr(model, "hf_quantizer", None) is not None:  # the scales of a packed weight are the checkpoint's
+        new = {name for name in new if name.removeprefix(prefix).rpartition(".")[0] not in modules}
+        for module in sorted(name.removesuffix(".weight_scale") for name in new if name.endswith(".weight_scale")):
+            raise ValueError(
+                f"{module} is new, and a layer that has no weights yet cannot be quantised: write "
+                f"modules_to_not_convert=[{module!r}] into the quantization_config."
+            )
+    return new
 
 
 def check_shapes(mismatched: Iterable[tuple[str, Any, Any]], source: Any) -> None:
