@@ -555,7 +555,7 @@ class NemotronHCache(Cache):
         The cache is changed in place and returned; keys and values stay as they are.
 
         Raises:
-            ValueError: the cache already holds another implementation's Mamba states.
+            ValueError: the cache already holds another implementation's Mamba states, or keys without a state.
             RuntimeError: a call was interrupted in it.
         """
         check_whole(cache)
@@ -586,6 +586,12 @@ class NemotronHCache(Cache):
                     raise ValueError(
                         f"Layer {idx} of the given {type(cache).__name__} holds Mamba states of another "
                         "implementation: start from an empty cache."
+                    )
+                seen = max((one.get_seq_length() for one in layers if isinstance(one, DynamicLayer)), default=0)
+                if seen:
+                    raise ValueError(
+                        f"The given {type(cache).__name__} has keys of {seen} tokens that layer {idx}, a Mamba layer, "
+                        "has no state of, as prefix tuning makes it: start from an empty cache."
                     )
                 static = getattr(cache, "is_compileable", False) and len(layers) == len(config.layers_block_type)
                 layer = _new_layer(kind, config, 0 if static else None)

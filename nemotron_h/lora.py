@@ -360,10 +360,34 @@ def check_no_virtual_tokens(model: Any, reason: str) -> None:
     Raises:
         ValueError: the model is generating for a PEFT model with prompt tuning or the like.
     """
+    config = _in_front(model)
+    if config is not None and config.is_prompt_learning:
+        raise ValueError(f"{reason}, and {_kind(config)} puts tokens of its own in front: leave it out of generate().")
+
+
+def check_no_prefix(model: Any) -> None:
+    """Refuse, within `generate()`, prefix tuning that was set up before PEFT could be told."""
+    if (config := _in_front(model)) is not None:
+        _refuse_prefix(config, model.config)
+
+
+def _in_front(model: Any) -> Any:
+    """The config of the PEFT model that a model is generating for."""
     wrapper = getattr(model.prepare_inputs_for_generation, "__self__", model)
-    if wrapper is not model and wrapper.active_peft_config.is_prompt_learning:
-        kind = getattr(wrapper.active_peft_config.peft_type, "value", wrapper.active_peft_config.peft_type)
-        raise ValueError(f"{reason}, and {kind} puts tokens of its own in front: leave it out of generate().")
+    return None if wrapper is model else getattr(wrapper, "active_peft_config", None)
+
+
+def _kind(peft_config: Any) -> str:
+    return getattr(peft_config.peft_type, "value", peft_config.peft_type)
+
+
+def _refuse_prefix(peft_config: Any, config: NemotronHConfig) -> None:
+    if "mamba" in config.layers_block_type and _kind(peft_config) in ("PREFIX_TUNING", "CARTRIDGE"):
+        raise ValueError(
+            f"{_kind(peft_config)} learns keys and values that stand before the prompt, and Mamba layers have neither: "
+            "use peft.PromptTuningConfig or peft.PromptEncoderConfig, whose tokens every layer reads, or "
+            "nemotron_h.lora_config."
+        )
 
 
 def let_peft_adapt() -> None:
@@ -421,14 +445,8 @@ def _replicates_layers(replicate: Callable[..., Any]) -> Callable[..., Any]:
 
 def _refuses_prefixes(prepare: Callable[..., Any]) -> Callable[..., Any]:
     def prepare_unless_prefix(peft_config: Any, model_config: Any) -> Any:
-        kind = getattr(peft_config.peft_type, "value", peft_config.peft_type)
-        ours = isinstance(model_config, NemotronHConfig) and "mamba" in model_config.layers_block_type
-        if ours and kind in ("PREFIX_TUNING", "CARTRIDGE"):
-            raise ValueError(
-                f"{kind} learns keys and values that stand before the prompt, and Mamba layers have neither: use "
-                "peft.PromptTuningConfig or peft.PromptEncoderConfig, whose tokens every layer reads, or "
-                "nemotron_h.lora_config."
-            )
+        if isinstance(model_config, NemotronHConfig):
+            _refuse_prefix(peft_config, model_config)
         return prepare(peft_config, model_config)
 
     return prepare_unless_prefix

@@ -64,7 +64,7 @@ from .layers import (
     project,
     residual_linear,
 )
-from .lora import check_no_virtual_tokens, let_peft_adapt
+from .lora import check_no_prefix, check_no_virtual_tokens, let_peft_adapt
 from .masks import read_mask, remember_padding
 from .packing import check_prompt, document_ids, embedded, padding_mask, same_document, varlen_kwargs
 from .parallel import Distributed
@@ -485,6 +485,8 @@ class NemotronHPreTrainedModel(Distributed, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # Otherwise the library reads the source of the file that a class is in, which for a user's subclass is another.
+    _can_set_experts_implementation_cached_value = True
     # Mamba layers can forget their last tokens (MambaLayer.crop), so generate() need not refuse what asks for that.
     _is_stateful = False
     _can_record_outputs = {
@@ -980,6 +982,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
                 `use_mtp` and a checkpoint without an MTP head, or more tokens at a time than the cache takes back.
         """
         _check_renamed(kwargs)
+        check_no_prefix(self)
         check_prompt(args, kwargs, self.config.hidden_size)
         kwargs = mtp.generation_options(self, args, kwargs)
         if (prompt_cache := kwargs.pop("prompt_cache", None)) is not None:

@@ -577,3 +577,48 @@ def test_bitsandbytes_covers_linear_layers(bits, tmp_path):
     assert not [name for name, p in trained.items() if p.grad is None or not p.grad.abs().max() > 0]
     assert lora_coverage(wrapped).adapted_layers == 7
     assert wrapped.generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape == (2, 15)
+
+
+def replicated(model: torch.nn.Module, order: list[int]) -> NemotronHForCausalLM:
+    """A model of its own whose layers are copies of the layers of another, in this order."""
+    config = copy.deepcopy(model.config)
+    kinds = config.layers_block_type
+    if isinstance(config.intermediate_size, list):
+        config.intermediate_size = [config.mlp_intermediate_size(i) for i in order if kinds[i] == "mlp"]
+    config.layers_block_type = [kinds[i] for i in order]
+    copied = NemotronHForCausalLM(config).to(model.dtype).eval()
+    state = model.state_dict()
+    own = {name: tensor for name, tensor in state.items() if ".layers." not in name}
+    for to, of in enumerate(order):
+        start = f"model.layers.{of}."
+        own |= {name.replace(start, f"model.layers.{to}."): t for name, t in state.items() if name.startswith(start)}
+    copied.load_state_dict(own)
+    return copied
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "overrides"),
+    [
+        ("dense", [[0, 4], [2, 7]], {"intermediate_size": [48, 40, 36]}),
+        ("latent", [[0, 5], [1, 7]], {}),
+        ("mamba", [[0, 2], [0, 4]], {}),
+        ("tied", [[0, 3], [0, 3], [1, 2]], {}),
+        ("attention", [[2, 4]], {}),
+    ],
+)
+def test_replicated_layers(family, layers, overrides, tmp_path):
+    """PEFT's `layer_replication`: the layers' kinds are repeated with them, and every copy has a cache of its own."""
+    base = small_model(family, **overrides)
+    plain = replicated(base, [i for start, end in layers for i in range(start, end)])
+    wrapped = wrap(copy.deepcopy(base), layer_replication=layers)
+    with_products(plain, wrapped)
+    ids = tokens(2, 11)
+    assert wrapped.config.hybrid_override_pattern == plain.config.hybrid_override_pattern
+    assert relative_difference(logits(wrapped, ids), logits(plain, ids)) <= 1e-9
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(wrapped.generate(input_ids=ids, **options), plain.generate(ids, **options))
+    wrapped.train()(ids, labels=ids).loss.backward()
+    assert not [n for n, p in wrapped.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    wrapped.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert torch.equal(logits(again, ids), logits(wrapped, ids))

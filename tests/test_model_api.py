@@ -24,8 +24,9 @@ from nemotron_h import (
     NemotronHForCausalLM,
     NemotronHForSequenceClassification,
     NemotronHForTokenClassification,
+    NemotronHModel,
 )
-from nemotron_h.modeling import NemotronHBlock
+from nemotron_h.modeling import NemotronHBlock, NemotronHPreTrainedModel
 
 TOLERANCE = 1e-9
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -308,6 +309,88 @@ def test_flex_attention(batch):
     assert torch.equal(
         generated, sdpa.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=None)
     )
+
+
+# What other people's code hands over and reads by convention
+
+FOR_A_HEAD = (
+    {"logits_to_keep": 4},
+    {"logits_to_keep": torch.tensor([0, 2])},
+    {"labels": torch.zeros(2, 9, dtype=torch.long), "num_items_in_batch": 3},
+    {"shift_labels": torch.zeros(2, 9, dtype=torch.long), "skip_logits": True},
+    {"labels": None, "logits_to_keep": None, "return_dict": True},
+)
+
+
+@core
+@every_family
+@pytest.mark.parametrize("given", FOR_A_HEAD, ids=lambda given: "+".join(given))
+def test_the_backbone_passes_over_what_is_a_head_s(family, given):
+    model, ids = small_model(family).train(), tokens(2, 9)
+    mask = left_padded(ids)
+    expected = model.model(ids, attention_mask=mask).last_hidden_state
+    got = model.model(ids, attention_mask=mask, **given).last_hidden_state
+    assert torch.equal(got, expected)
+    (grad,), (expected_grad,) = (torch.autograd.grad(x.sin().sum(), model.model.norm_f.weight) for x in (got, expected))
+    assert torch.equal(grad, expected_grad)
+    with pytest.raises(TypeError, match="unknown argument logits_to_kep=4: leave it out"):
+        model.model(ids, logits_to_kep=4, **given)
+
+
+@core
+@torch.no_grad()
+def test_a_renamed_argument_names_its_successor():
+    model, ids = small_model("dense"), tokens(1, 5)
+    for call in (model, model.model, model.generate, NemotronHForSequenceClassification(model.config)):
+        with pytest.raises(TypeError, match=r"num_logits_to_keep=3 .* write logits_to_keep=3\."):
+            call(ids, num_logits_to_keep=3)
+
+
+class InTheRemoteCodesWay(NemotronHPreTrainedModel):
+    base_model_prefix = "backbone"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.backbone = NemotronHModel(config)
+        self.post_init()
+
+
+@core
+@torch.no_grad()
+def test_the_backbone_by_its_published_name():
+    model, ids = small_model("dense"), tokens(2, 7)
+    for one in (model, NemotronHForSequenceClassification(model.config), NemotronHForTokenClassification(model.config)):
+        assert one.backbone is one.model and one.get_submodule("backbone.layers.0") is one.model.layers[0]
+        assert not [name for name, _ in one.named_modules(remove_duplicate=False) if "backbone" in name]
+        assert not [name for name in one.state_dict() if "backbone" in name]
+    assert model.model.backbone is model.model
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.backbone is twin.model and twin.backbone is not model.model
+    other, names = small_model("dense", seed=1), set(model.state_dict())
+    model.backbone = other.backbone
+    assert model.model is other.model and set(model.state_dict()) == names
+    model.lm_head = other.lm_head
+    assert torch.equal(model(ids).logits, other(ids).logits)
+    own = InTheRemoteCodesWay(model.config)
+    assert type(own.backbone) is NemotronHModel and own.base_model is own.backbone
+    assert [name for name, _ in own.named_children()] == ["backbone"]
+    peft = pytest.importorskip("peft")
+    for settings in (
+        peft.LoraConfig(r=2, target_modules=["in_proj"], task_type="CAUSAL_LM"),
+        peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    ):
+        assert peft.get_peft_model(other, settings).backbone is other.model
+
+
+@core
+@torch.no_grad()
+def test_tuples_because_the_config_says_so():
+    model, ids = small_model("dense"), tokens(2, 7)
+    expected = model(ids, labels=ids)
+    model.config.return_dict = False
+    loss, logits, *_ = model(ids, labels=ids)
+    assert torch.equal(loss, expected.loss) and torch.equal(logits, expected.logits)
+    assert torch.equal(model(ids, labels=ids, return_dict=True).logits, expected.logits)
 
 
 # Sizes and dtypes that kernels do not like

@@ -1,6 +1,7 @@
 """Published files go in bitwise and come out with their names, shapes, dtypes of the float32 tensors, and values."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -8,7 +9,13 @@ from families import small_config, small_model, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from nemotron_h import NemotronHForCausalLM, NemotronHModel
+from nemotron_h import (
+    NemotronHForCausalLM,
+    NemotronHForSequenceClassification,
+    NemotronHForTokenClassification,
+    NemotronHModel,
+)
+from nemotron_h.modeling import NemotronHPreTrainedModel
 
 pytestmark = pytest.mark.core
 FLOAT32 = ("A_log", ".D", "dt_bias", "e_score_correction_bias")
@@ -183,3 +190,153 @@ def test_a_truncated_file_is_one_sentence(tmp_path):
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(OSError, match=r"model\.safetensors in .* cannot be read \(.*\): fetch that file again\."):
         NemotronHForCausalLM.from_pretrained(folder)
+
+
+# What only the loading class has is new and in the report; what the checkpoint's own class would have is not left out
+
+
+class WithValueHead(NemotronHForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.value_head = torch.nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+
+class WithTwoHeads(WithValueHead):
+    def __init__(self, config):
+        super().__init__(config)
+        self.second_head = torch.nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+
+class WithInnerParts(NemotronHForCausalLM):
+    """New modules and parameters at every depth."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers[0].probe = torch.nn.Linear(config.hidden_size, 1)
+        self.model.gain = torch.nn.Parameter(torch.ones(3))
+        self.prompt = torch.nn.Parameter(torch.ones(2))
+        self.post_init()
+
+
+class Regressor(NemotronHPreTrainedModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = NemotronHModel(config)
+        self.head = torch.nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+
+def saved(folder, cls=NemotronHForCausalLM, family="dense", without=None, architectures="its own", **overrides):
+    """A folder of a model of a class, without some tensors, with other `architectures`; its tensors beside it."""
+    cls(small_config(family, **overrides)).save_pretrained(folder)
+    tensors = {
+        name: t for name, t in load_file(folder / "model.safetensors").items() if not name.startswith(without or "?")
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if architectures != "its own":
+        config = json.loads((folder / "config.json").read_text()) | {"architectures": architectures}
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return folder
+
+
+@pytest.mark.parametrize("family", ["dense", "latent"])
+@pytest.mark.parametrize(
+    ("checkpoint", "loading", "new"),
+    [
+        (NemotronHModel, NemotronHForCausalLM, "lm_head"),
+        (NemotronHModel, NemotronHForTokenClassification, "score"),
+        (NemotronHForSequenceClassification, NemotronHForCausalLM, "lm_head"),
+        (NemotronHForCausalLM, NemotronHForSequenceClassification, "score"),
+        (NemotronHForCausalLM, WithValueHead, "value_head"),
+        (NemotronHForCausalLM, WithTwoHeads, "value_head|second_head"),
+        (NemotronHForCausalLM, WithInnerParts, r"model\.layers\.0\.probe|model\.gain|prompt"),
+        (NemotronHForCausalLM, Regressor, "head"),
+        (WithValueHead, WithTwoHeads, "second_head"),
+        (Regressor, NemotronHForCausalLM, "lm_head"),
+    ],
+)
+def test_what_only_the_loading_class_has_is_new_and_reported(checkpoint, loading, new, family, tmp_path, caplog):
+    folder = saved(tmp_path, checkpoint, family)
+    model, info = loading.from_pretrained(folder, output_loading_info=True)
+    expected = {name for name in model.state_dict() if re.match(rf"({new})($|\.)", name)}
+    assert expected and info["missing_keys"] == expected
+    assert "LOAD REPORT" in caplog.text and "MISSING" in caplog.text
+    state = model.state_dict()
+    # what is no module's own is the class's to initialise
+    assert all(state[name].isfinite().all() for name in expected if name.endswith((".weight", ".bias")))
+    prefix = "" if checkpoint is NemotronHModel else "backbone."
+    assert torch.equal(model.model.norm_f.weight, load_file(folder / "model.safetensors")[f"{prefix}norm_f.weight"])
+
+
+@pytest.mark.parametrize("architectures", [None, [], ["SomethingElse"], ["NemotronHForCausalLM"]])
+def test_a_name_that_nobody_knows_is_a_causal_model_s(architectures, tmp_path):
+    with pytest.raises(ValueError, match=r"lacks the tensor lm_head\.weight: fetch .* or write \"architectures\""):
+        NemotronHForCausalLM.from_pretrained(saved(tmp_path / "a", without="lm_head", architectures=architectures))
+    _, info = WithValueHead.from_pretrained(
+        saved(tmp_path / "b", architectures=architectures), output_loading_info=True
+    )
+    assert info["missing_keys"] == {"value_head.weight", "value_head.bias"}
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "loading", "without", "named"),
+    [
+        (WithValueHead, WithValueHead, "value_head", r"value_head\.bias \(and 1 others\)"),
+        (WithValueHead, WithTwoHeads, "value_head", r"value_head\.bias \(and 1 others\)"),
+        (WithValueHead, NemotronHForCausalLM, "lm_head", r"lm_head\.weight"),
+        (NemotronHForCausalLM, WithInnerParts, "lm_head", r"lm_head\.weight"),
+        (NemotronHForCausalLM, WithInnerParts, "backbone.norm_f", r"model\.norm_f\.weight"),
+        (NemotronHModel, NemotronHForCausalLM, "layers.2", r"model\.layers\.2\.mixer\.A_log \(and 8 others\)"),
+        (NemotronHForSequenceClassification, NemotronHForTokenClassification, "score", r"score\.weight"),
+    ],
+)
+def test_what_the_class_of_the_checkpoint_has_is_not_left_out(checkpoint, loading, without, named, tmp_path):
+    with pytest.raises(ValueError, match=rf"lacks the tensor {named}: fetch"):
+        loading.from_pretrained(saved(tmp_path, checkpoint, without=without))
+
+
+def test_the_folder_says_whose_it_is_and_not_a_config_from_elsewhere(tmp_path):
+    config = small_config()
+    config.architectures = ["NemotronHModel"]
+    with pytest.raises(ValueError, match=r"lacks the tensor lm_head"):
+        NemotronHForCausalLM.from_pretrained(saved(tmp_path / "cut", without="lm_head"), config=config)
+    NemotronHForCausalLM.from_pretrained(saved(tmp_path / "base", NemotronHModel), config=small_config())
+
+
+def test_a_class_of_the_same_name_with_a_layer_of_its_own(tmp_path):
+    patched = type("NemotronHForCausalLM", (WithValueHead,), {"__module__": __name__})
+    _, info = patched.from_pretrained(saved(tmp_path), output_loading_info=True)
+    assert info["missing_keys"] == {"value_head.weight", "value_head.bias"}
+
+
+@pytest.mark.parametrize("without", ["backbone.layers.2", "lm_head"])
+def test_the_model_below_an_adapter_is_whole(without, tmp_path):
+    peft = pytest.importorskip("peft")
+    folder = saved(tmp_path / "model")
+    wrapped = peft.get_peft_model(
+        NemotronHForCausalLM.from_pretrained(folder), peft.LoraConfig(r=2, target_modules=["in_proj"])
+    )
+    wrapped.save_pretrained(tmp_path / "adapter")
+    NemotronHForCausalLM.from_pretrained(tmp_path / "adapter")
+    saved(folder, without=without)
+    with pytest.raises(ValueError, match="lacks the tensor"):
+        NemotronHForCausalLM.from_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(("cls", "family"), [(WithValueHead, "latent"), (WithTwoHeads, "dense")])
+def test_a_new_head_is_not_quantised(cls, family, tmp_path):
+    folder = saved(tmp_path, family=family)
+    model = cls.from_pretrained(folder, quantize="int8")
+    assert type(model.value_head) is torch.nn.Linear and model.value_head.weight.abs().max() < 1
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.probe is new, .* modules_to_not_convert="):
+        WithInnerParts.from_pretrained(folder, quantize="int8")
+
+
+def test_a_shard_that_is_not_there_is_named(tmp_path):
+    NemotronHModel(small_config()).save_pretrained(tmp_path, max_shard_size="30KB")
+    gone = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(OSError, match=rf"lacks {gone.name}, which its index names"):
+        NemotronHForCausalLM.from_pretrained(tmp_path)
