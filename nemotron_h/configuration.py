@@ -252,6 +252,8 @@ class NemotronHConfig(PreTrainedConfig):
     # MTP
     num_nextn_predict_layers: int = _UNSET
 
+    _writes_list = False  # set where it was read from a list of layers
+
     def __post_init__(self, **kwargs: Any) -> None:
         self._read_aliases(kwargs)
         self._read_layers(kwargs)
@@ -301,6 +303,9 @@ class NemotronHConfig(PreTrainedConfig):
             if isinstance(value, str):
                 value, *depths = value.split("/")
             main[key] = parse_layers(value, key)
+            # A list in transformers' own names is its class's spelling, whatever the release had.
+            if key == "layers_block_type" and not {"linear_attention", "full_attention"} & set(value):
+                self._writes_list = True
             if depths:
                 mtp[f"the part of {key} after '/'"] = self._read_depths(key, depths)
         self.layers_block_type = self._agreed(main) or parse_layers(_DEFAULT_PATTERN)
@@ -505,13 +510,17 @@ class NemotronHConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """The config as a dictionary that old and new readers accept; this is what `save_pretrained` writes.
 
-        That is: both forms of the layers, every name that some reader requires (llama.cpp, mlx-lm, vLLM, TensorRT-LLM,
-        transformers) also at its default value, no MoE or MTP keys in a model without them, and no infinity in any
-        spelling. Readers whose `layers_block_type` is a property without a setter (NVIDIA's remote code up to Nano 2,
-        vLLM's config class of that time) refuse any file with that key, hence this one; they take it without the key,
-        and so does transformers' own class before 5.20, which leaves the old layer names unread beside a pattern.
+        That is: the pattern, and the list beside it only where the config was read from one, as those of Ultra and
+        Lightning are; every name that some reader requires (llama.cpp, mlx-lm, vLLM, TensorRT-LLM, transformers) also
+        at its default value; no MoE or MTP keys in a model without them, and no infinity in any spelling. The list is
+        a property without a setter in readers that are older than it (NVIDIA's remote code up to Nano 2, vLLM's config
+        class of that time), which refuse a file that has it, and transformers' own class before 5.20 leaves its old
+        layer names unread beside a pattern.
         """
         output = super().to_dict()
+        output.pop("_writes_list", None)
+        if not self._writes_list:
+            output.pop("layers_block_type")
         for key in ("hybrid_override_pattern", "mtp_hybrid_override_pattern", "num_hidden_layers"):
             output[key] = getattr(self, key)
         # Not `layer_types`: Trainer reads the file with the base class when it resumes, which refuses "mlp" there.

@@ -6,13 +6,9 @@ over [-12, 1].
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 
 import torch
-import transformers
-from packaging import version
 
 from nemotron_h import NemotronHConfig, NemotronHForCausalLM
 
@@ -95,16 +91,6 @@ def small_model(
 def tokens(batch: int, length: int, vocab: int = 97, seed: int = 1) -> torch.Tensor:
     """(batch, length) ids, none of them special."""
     return torch.randint(3, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def without_old_names_before_5_20(folder: Path) -> Path:
-    """For transformers' own class up to 5.19, which leaves old layer names unread where there is a pattern as well:
-    the saved folder with the pattern alone."""
-    if version.parse(transformers.__version__) < version.parse("5.20"):
-        config = json.loads((folder / "config.json").read_text())
-        config.pop("layers_block_type")
-        (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 WORST: dict[str, float] = {}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import relative_difference, small_model, tokens, without_old_names_before_5_20
+from families import relative_difference, small_model, tokens
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM as LibraryModel
 
 from nemotron_h import NemotronHForCausalLM
@@ -27,7 +27,7 @@ def largest_difference(a, b, ids):
 def test_folders_load_both_ways(family, tmp_path):
     ours, ids = small_model(family, dtype=torch.float32), tokens(2, 45)
     ours.save_pretrained(tmp_path / "ours")
-    theirs = LibraryModel.from_pretrained(without_old_names_before_5_20(tmp_path / "ours"), dtype=torch.float32)
+    theirs = LibraryModel.from_pretrained(tmp_path / "ours", dtype=torch.float32)
     as_shipped = largest_difference(ours, theirs, ids)
     assert largest_difference(ours, clamp_corrected(theirs), ids) <= 1e-5
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import without_old_names_before_5_20
+import transformers
+from packaging import version
 from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig as TransformersConfig
 
 from nemotron_h.configuration import NemotronHConfig, layers_to_pattern, parse_layers
@@ -60,7 +61,7 @@ LLAMA_MOE = """n_routed_experts num_experts_per_tok n_shared_experts moe_interme
 MLX = """model_type vocab_size hidden_size intermediate_size num_hidden_layers max_position_embeddings
     num_attention_heads num_key_value_heads attention_bias mamba_num_heads mamba_head_dim mamba_proj_bias ssm_state_size
     conv_kernel n_groups mlp_bias layer_norm_epsilon use_bias use_conv_bias""".split()
-OTHERS = "attention_head_dim rms_norm_eps norm_eps chunk_size use_cache tie_word_embeddings layers_block_type".split()
+OTHERS = "attention_head_dim rms_norm_eps norm_eps chunk_size use_cache tie_word_embeddings".split()
 
 
 def saved(config: NemotronHConfig, folder: Path) -> dict[str, Any]:
@@ -136,9 +137,9 @@ def test_saved_file_has_what_each_reader_requires(name, tmp_path):
     assert not any(written[key] is None for key in required)
     # NVIDIA's remote code
     assert re.fullmatch(r"[ME*-]+", written["hybrid_override_pattern"])
-    assert len(written["hybrid_override_pattern"]) == written["num_hidden_layers"] == len(written["layers_block_type"])
-    assert set(written["layers_block_type"]) <= {"mamba", "attention", "mlp", "moe"}
-    assert layers_to_pattern(written["layers_block_type"]) == written["hybrid_override_pattern"]
+    assert len(written["hybrid_override_pattern"]) == written["num_hidden_layers"]
+    # The list beside it only as its generation had it: older readers refuse it.
+    assert written.get("layers_block_type") == CONFIGS[name].get("layers_block_type")
     # Trainer reads it with transformers' base class, which refuses "mlp" there
     assert "layer_types" not in written
     # llama.cpp takes a file with such keys for an MoE model
@@ -157,8 +158,11 @@ def test_saved_file_has_what_each_reader_requires(name, tmp_path):
 @ALL
 def test_transformers_own_class_reads_the_saved_file(name, tmp_path):
     config = NemotronHConfig(**CONFIGS[name])
-    config.save_pretrained(tmp_path)
-    theirs = TransformersConfig.from_pretrained(without_old_names_before_5_20(tmp_path))
+    written = saved(config, tmp_path)
+    if version.parse(transformers.__version__) < version.parse("5.20") and written.pop("layers_block_type", None):
+        # It leaves the old names of Ultra and Lightning unread beside a pattern.
+        (tmp_path / "config.json").write_text(json.dumps(written))
+    theirs = TransformersConfig.from_pretrained(tmp_path)
     assert theirs.layer_types == config.layer_types
     assert theirs.hybrid_override_pattern == config.hybrid_override_pattern
     for key in CONFIGS[name].keys() & set(TransformersConfig.__dataclass_fields__):
@@ -180,8 +184,9 @@ def test_a_file_that_transformers_wrote_is_read(name, tmp_path):
     for config in (NemotronHConfig.from_pretrained(tmp_path), NemotronHConfig(**written)):
         direct = NemotronHConfig(**CONFIGS[name])
         ours, expected = config.to_dict(), direct.to_dict()
-        for key in CONFIGS[name].keys() - {"auto_map", "transformers_version"}:
+        for key in CONFIGS[name].keys() - {"auto_map", "transformers_version", "layers_block_type"}:
             assert ours[key] == expected[key], key
+        assert "layers_block_type" not in ours  # the pattern says it to everybody
         assert config.time_step_limit == INF
         assert config.has_moe == direct.has_moe and config.has_mtp == direct.has_mtp
 
@@ -217,7 +222,49 @@ def test_layers_in_every_dialect(given):
     other = NemotronHConfig(**TINY, hybrid_override_pattern="MM")
     setattr(other, key, value)
     assert (other.hybrid_override_pattern, other.num_hidden_layers) == ("M-*E", 4)
-    assert other.to_dict()["layers_block_type"] == ["mamba", "mlp", "attention", "moe"]
+    assert other.to_dict()["hybrid_override_pattern"] == "M-*E" and "layers_block_type" not in other.to_dict()
+
+
+OLD = ["mamba", "mlp", "attention", "moe"]
+NEW = ["linear_attention", "mlp", "full_attention", "moe"]
+
+
+@pytest.mark.parametrize(
+    "given, listed",
+    [
+        ({"hybrid_override_pattern": "M-*E"}, False),
+        ({"hybrid_override_pattern": OLD}, False),
+        ({"hybrid_override_pattern": "M-*E/*E", "num_nextn_predict_layers": 1}, False),
+        (
+            {"hybrid_override_pattern": "M-*E", "mtp_layers_block_type": ["*", "E"], "num_nextn_predict_layers": 1},
+            False,
+        ),
+        ({"layers_block_type": OLD}, True),
+        ({"layers_block_type": OLD, "hybrid_override_pattern": "M-*E"}, True),
+        ({"layers_block_type": OLD, "mtp_hybrid_override_pattern": "*E", "num_nextn_predict_layers": 1}, True),
+        ({"layers_block_type": NEW}, False),  # transformers' own class writes it of every generation
+        ({"layers_block_type": NEW, "hybrid_override_pattern": "M-*E"}, False),
+        ({"layer_types": NEW}, False),
+        ({"layers_block_type": None, "hybrid_override_pattern": "M-*E"}, False),
+    ],
+    ids=str,
+)
+def test_the_list_is_written_where_it_was_read(given, listed, tmp_path):
+    """And again after each reading of what was written, by whatever way it is written; changed layers count."""
+    config = NemotronHConfig(**{**TINY, **MOE, "hybrid_override_pattern": None, **given})
+    for turn in range(3):
+        copies = (config, copy.deepcopy(config), pickle.loads(pickle.dumps(config)))
+        written = [json.loads(c.to_json_string(use_diff=diff)) for c in copies for diff in (True, False)]
+        written += [config.to_dict(), config.to_diff_dict(), saved(config, tmp_path / str(turn))]
+        for each in written:
+            assert each["hybrid_override_pattern"] == config.hybrid_override_pattern
+            assert each["num_hidden_layers"] == 4 and not any(key.startswith("_writes") for key in each)
+            assert each.get("layers_block_type") == (config.layers_block_type if listed else None)
+            assert ("mtp_hybrid_override_pattern" in each) == config.has_mtp
+        config = NemotronHConfig.from_pretrained(tmp_path / str(turn))
+        config.hybrid_override_pattern = config.hybrid_override_pattern[::-1]
+    with pytest.raises(ValueError, match="num_hidden_layers is 5 but"):
+        config.num_hidden_layers = 5
 
 
 def test_default_is_the_8b():
@@ -358,7 +405,7 @@ def test_a_time_step_limit_that_is_not_the_default_is_kept(limit, written, tmp_p
     assert saved(config, tmp_path)["time_step_limit"] == written
     assert "Infinity" not in (tmp_path / "config.json").read_text()
     assert NemotronHConfig.from_pretrained(tmp_path).time_step_limit == limit
-    assert list(TransformersConfig.from_pretrained(without_old_names_before_5_20(tmp_path)).time_step_limit) == written
+    assert list(TransformersConfig.from_pretrained(tmp_path).time_step_limit) == written
 
 
 @pytest.mark.parametrize("given", ["use_bias", "mamba_proj_bias"])
@@ -561,7 +608,7 @@ def test_key_value_heads_default_to_the_heads():
 def test_whole_numbers_for_fractions_are_read(tmp_path):
     config = NemotronHConfig(time_step_max=1)
     config.save_pretrained(tmp_path)
-    theirs = TransformersConfig.from_pretrained(without_old_names_before_5_20(tmp_path))
+    theirs = TransformersConfig.from_pretrained(tmp_path)
     assert theirs.time_step_max == 1.0  # it refuses an int
 
 

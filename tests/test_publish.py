@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from families import small_config, small_model, without_old_names_before_5_20
+from families import small_config, small_model
 from hub import Hub
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -152,9 +152,7 @@ def test_transformers_own_class_answers_the_same(folders, ids, tmp_path) -> None
         print(json.dumps(said))
     """
     copies = shutil.copytree(folders, tmp_path / "published")
-    for folder in (copies / "full", copies / "merged", shutil.copytree(WORD_PROBLEMS, tmp_path / "base")):
-        without_old_names_before_5_20(folder)
-    said = json.loads(run(code, copies, tmp_path / "base", HF_HUB_OFFLINE="1").splitlines()[-1])
+    said = json.loads(run(code, copies, WORD_PROBLEMS, HF_HUB_OFFLINE="1").splitlines()[-1])
     models = {"full": AutoModelForCausalLM.from_pretrained(WORD_PROBLEMS), "merged": adapted(), "adapter": adapted()}
     for name, model in models.items():
         module, prompt, theirs, library = said[name]
@@ -509,3 +507,10 @@ def test_an_interrupted_one_leaves_nothing(tmp_path) -> None:
     with pytest.raises(OSError, match="No space left"):
         nemotron_h.publish(model, tmp_path / "a", tokenizer=Full())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk(small_disk) -> None:
+    model = AutoModelForCausalLM.from_pretrained(WORD_PROBLEMS)
+    with pytest.raises(OSError, match=rf"^The disk of {small_disk}/a is full; make room and run it again\.$"):
+        nemotron_h.publish(model, small_disk / "a")
+    assert not list(small_disk.iterdir())

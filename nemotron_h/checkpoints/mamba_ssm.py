@@ -288,7 +288,7 @@ class MambaSsmFolder:
         settings: dict[str, Any] = {
             "vocab_size": -(-fields["vocab_size"] // multiple) * multiple,
             "hidden_size": width,
-            "layers_block_type": kinds,
+            "hybrid_override_pattern": kinds,
             "tie_word_embeddings": bool(fields.get("tie_embeddings", True)),
             "residual_in_fp32": bool(fields.get("residual_in_fp32", True)),
             "layer_norm_epsilon": EPSILON,
