@@ -12,6 +12,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ class PromptCache:
     Args:
         max_bytes: of all entries in memory. One that is larger than that alone is not kept, which is said once.
         folder: where entries that no longer fit are written, and found again, by later processes too; `flush` writes
-            all. Files that are cut, of another format version or of several rows are passed over.
+            all. Files that are damaged, of another format version or of several rows are passed over.
         folder_bytes: of all files in the folder, ten times `max_bytes` unless given; the oldest go first.
         every: also keep a snapshot at each multiple of so many tokens of a prompt.
         shortest: a point where a prompt parts from a kept one is kept itself, if it is so many tokens beyond what is
@@ -218,9 +219,10 @@ class PromptCache:
         path = self._files[key]
         try:
             snapshot = read(path, model, digest=_weights(key))
-            path.touch()
-        except (ValueError, OSError) as error:
-            logger.warning(f"A prompt's state is computed again: {error}")
+            with suppress(OSError):  # somebody else's folder, to be read alone
+                path.touch()
+        except Exception as error:  # whatever is wrong with the file, the prompt can be computed
+            logger.warning(f"A prompt's state is computed again: {_in_words(error)}")
             del self._files[key]
             return None
         self._files.move_to_end(key)
@@ -240,7 +242,7 @@ class PromptCache:
             key, entry = self._entries.popitem(last=False)
             alone = not self._entries
             if self.folder is not None:
-                self._write(key, entry)
+                self._try_to_write(key, entry)
             elif alone and not self._said:
                 self._said = True
                 logger.warning(
@@ -251,6 +253,12 @@ class PromptCache:
             kept = [entry.snapshot for entry in self._entries.values()]
             for left, snapshot in zip(self._entries.values(), _own(kept), strict=True):
                 left.snapshot = snapshot
+
+    def _try_to_write(self, key: Key, entry: _Entry) -> None:
+        try:
+            self._write(key, entry)
+        except OSError as error:  # as without a folder: whoever is generating goes on
+            logger.warning(f"A prompt's state is not kept: {_in_words(error)}")
 
     def _write(self, key: Key, entry: _Entry) -> None:
         assert self.folder is not None
@@ -272,11 +280,15 @@ class PromptCache:
         for path in sorted(self.folder.glob("*.safetensors"), key=_modified):
             try:
                 found, ids = header(path), saved_ids(path)
-            except (ValueError, OSError):
-                continue
-            if ids is not None and len(ids) == 1 and found["weights"]:
-                owner = _owner(json.loads(found["config"]), found["weights"], found["dtype"])
-                self._files[owner, _bytes(ids)] = path
+                if ids is not None and len(ids) == 1 and found["weights"]:
+                    owner = _owner(json.loads(found["config"]), found["weights"], found["dtype"])
+                    self._files[owner, _bytes(ids)] = path
+            except Exception as error:  # a folder may hold anything, and nobody asked for this very file
+                logger.debug(f"Passed over in {self.folder}: {_in_words(error)}")
+
+
+def _in_words(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _modified(path: Path) -> float:

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import re
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -25,6 +28,7 @@ from transformers.cache_utils import StaticLayer
 
 from ._version import __version__
 from .cache import GrowingLayer, MambaLayer, NemotronHCache, check_whole
+from .checkpoints.tensors import DTYPES, Shape, Spec
 from .checkpoints.writing import whole
 from .kv_quantization import is_quantised
 
@@ -35,9 +39,26 @@ Pair = tuple[Tensor, Tensor]
 
 FORMAT = "nemotron_h.cache"
 VERSION = 2
-_SAID = ("config", "weights", "dtype", "state_dtype", "batch_size", "token_count", "tokens")
 _NAMES = {"mamba": ("window", "state"), "attention": ("keys", "values")}
+# What of a config their shapes are made of.
+_SIZES = {
+    "mamba": ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel"),
+    "attention": ("num_key_value_heads", "head_dim"),
+}
 _LETTERS = {"mamba": "M", "attention": "*", "mlp": "-", "moe": "E"}
+
+# What a file has to say of itself: how each is written, and what else it is called.
+_DIGEST, _NUMBER, _FLOAT = "([0-9a-f]{64})?", "[1-9][0-9]{0,14}", "(float64|float32|bfloat16|float16)"
+_SAID = {
+    "config": (r"(?s).*", ""),
+    "weights": (_DIGEST, "digest"),
+    "dtype": (r"[a-z0-9_]{1,40}", "dtype"),
+    "computed_dtype": (f"{_FLOAT}(,{_FLOAT})*", "dtype of a cache"),
+    "state_dtype": (f"({_FLOAT}(,{_FLOAT})*)?", "dtype of a state"),
+    "batch_size": (_NUMBER, "number"),
+    "token_count": (_NUMBER, "number"),
+    "tokens": (_DIGEST, "digest"),
+}
 
 # What a state depends on beside the weights. The state's own dtype is said apart.
 _ESSENTIALS = (
@@ -160,7 +181,7 @@ def _check_fits(cache: NemotronHCache, snapshot: Snapshot) -> None:
             f"The snapshot is of a model with the pattern {_pattern(snapshot.kinds)} and the cache is of one with "
             f"{_pattern(cache.kinds)}: restore it into a cache of its own model."
         )
-    if wrong := _misfit(snapshot, cache.config):
+    if wrong := _misfit(_named(snapshot), cache.config, snapshot.batch_size, snapshot.length):
         raise ValueError(f"The snapshot's {wrong} in the cache's config: restore it into a cache of its own model.")
     for index, (layer, pair) in enumerate(zip(cache.layers, snapshot.layers, strict=True)):
         if not isinstance(layer, MambaLayer):
@@ -197,19 +218,42 @@ def _check_fits(cache: NemotronHCache, snapshot: Snapshot) -> None:
                 )
 
 
-def _misfit(snapshot: Snapshot, config: NemotronHConfig) -> str:
-    """The first tensor that is not what the config says, or ""."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return ""  # a layer that is split over processes holds a part of the heads, of which the config says nothing
-    heads, width, state = config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size
-    window = heads * width + 2 * config.n_groups * state, config.conv_kernel - 1
-    keys = config.num_key_value_heads, snapshot.length, config.head_dim
-    sizes = {"mamba": (window, (heads, width, state)), "attention": (keys, keys)}
-    for index, (kind, pair) in enumerate(zip(snapshot.kinds, snapshot.layers, strict=True)):
-        for name, tensor, size in zip(_NAMES.get(kind, ()), pair or (), sizes.get(kind, ()), strict=False):
-            if tuple(tensor.shape) != (snapshot.batch_size, *size):
-                return f"{name} of layer {index} is {tuple(tensor.shape)} and would be {(snapshot.batch_size, *size)}"
+def _named(snapshot: Snapshot) -> dict[str, Tensor]:
+    return {
+        f"layers.{index}.{name}": tensor
+        for index, (kind, pair) in enumerate(zip(snapshot.kinds, snapshot.layers, strict=True))
+        if pair is not None
+        for name, tensor in zip(_NAMES[kind], pair, strict=True)
+    }
+
+
+def _misfit(tensors: Mapping[str, Tensor | Spec], config: Any, rows: int, length: int) -> str:
+    """The first tensor whose shape is not what the config says, or ""."""
+    # A layer that is split over processes holds a part of the heads, of which the config says nothing.
+    split = torch.distributed.is_available() and torch.distributed.is_initialized()
+    for index, kind in enumerate(config.layers_block_type):
+        for name, size in _shapes(kind, config, length).items():
+            tensor, wanted = tensors.get(f"layers.{index}.{name}"), (rows, *size)
+            if tensor is None:
+                continue
+            found = tuple(tensor.shape)
+            if split and len(found) > 1:
+                wanted = (rows, found[1], *size[1:])
+            if found != wanted:
+                return f"{name} of layer {index} is {found} and would be {wanted}"
     return ""
+
+
+def _shapes(kind: str, config: Any, length: int) -> dict[str, Shape]:
+    """Of a layer's tensors, without the rows."""
+    if kind == "mamba":
+        heads, width, state = config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size
+        channels = heads * width + 2 * config.n_groups * state
+        return {"window": (channels, config.conv_kernel - 1), "state": (heads, width, state)}
+    if kind == "attention":
+        size = config.num_key_value_heads, length, config.head_dim
+        return {"keys": size, "values": size}
+    return {}
 
 
 def _put_state(layer: MambaLayer, pair: Pair | None, length: int) -> None:
@@ -392,11 +436,7 @@ def write(
             "model that filled it."
         )
     ids = None if token_ids is None else _ids(token_ids, snapshot.batch_size, snapshot.length)
-    tensors: dict[str, Tensor] = {}
-    for index, pair in enumerate(snapshot.layers):
-        if pair is not None:
-            for name, tensor in zip(_NAMES[snapshot.kinds[index]], pair, strict=True):
-                tensors[f"layers.{index}.{name}"] = tensor.cpu().contiguous()
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in _named(snapshot).items()}
     if ids is not None and keep_ids:
         tensors["token_ids"] = ids
     computed, state_dtype = _dtypes(snapshot)
@@ -407,7 +447,7 @@ def write(
         "pattern": _pattern(snapshot.kinds),
         "config": json.dumps(origin.essentials),
         "weights": origin.weights,
-        "dtype": origin.dtype or computed,
+        "dtype": origin.dtype or computed.split(",")[0],
         "computed_dtype": computed,  # another one than the model's under autocast
         "state_dtype": state_dtype,
         "batch_size": str(snapshot.batch_size),
@@ -444,33 +484,86 @@ def load(
 
 
 def header(path: str | Path) -> dict[str, str]:
-    """The metadata of a file that `save` wrote. Raises as `load`."""
+    """The metadata of a file that `save` wrote, whose tensors are as it says. Raises as `load`."""
+    if (path := Path(path)).exists() and not path.is_file():  # opening a pipe would wait for its other end
+        raise ValueError(f"{path} is no file: pass one that NemotronHCache.save wrote.")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
+            found = dict(file.metadata() or {})
+            parts = {name: file.get_slice(name) for name in file.keys()}
+            stored = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
     except SafetensorError as error:
         raise ValueError(f"{path} is cut or no saved cache ({_first(error)}): save the cache again.") from error
-    if metadata.get("format") != FORMAT:
+    if found.get("format") != FORMAT:
         raise ValueError(f"{path} is a safetensors file but no saved cache: pass one that NemotronHCache.save wrote.")
-    version = metadata.get("version", "")
-    if version != str(VERSION):
-        newer = version.isdigit() and int(version) > VERSION
-        remedy = "install a newer nemotron-h" if newer else "save the cache again"
+    if (version := found.get("version", "")) != str(VERSION):
+        number = re.fullmatch("[0-9]{1,9}", version)
+        remedy = "install a newer nemotron-h" if number and int(version) > VERSION else "save the cache again"
+        version = version if number else reprlib.repr(version)
         raise ValueError(f"{path} is of format version {version} and this package reads version {VERSION}: {remedy}.")
-    if missing := [name for name in _SAID if name not in metadata]:
-        raise ValueError(f"{path} says nothing of its {missing[0]}: save the cache again.")
-    if not isinstance(_json(metadata["config"]), dict):
-        raise ValueError(f"{path} has a config that is no JSON object: save the cache again.")
-    for name in ("batch_size", "token_count"):
-        if not metadata[name].isdecimal():
-            raise ValueError(f"{path} has {metadata[name]!r} as its {name}, which is no number: save the cache again.")
-    return metadata
+    if wrong := _unsaid(found) or _unlike(found, stored):
+        raise ValueError(f"{path} {wrong}: save the cache again.")
+    return found
+
+
+def _unsaid(found: dict[str, str]) -> str:
+    """What is missing in a file's metadata, or is not what it is called; or ""."""
+    for name, (form, kind) in _SAID.items():
+        if name not in found:
+            return f"says nothing of its {name}"
+        if not re.fullmatch(form, found[name]):
+            return f"has {reprlib.repr(found[name])} as its {name}, which is no {kind}"
+    if not isinstance(config := _json(found["config"]), dict):
+        return "has a config that is no JSON object"
+    for name in _ESSENTIALS:
+        if name not in config:
+            return f"says nothing of its {name}"
+    kinds = config["layers_block_type"]
+    if (
+        not isinstance(kinds, list)
+        or not kinds
+        or any(not isinstance(kind, str) or kind not in _LETTERS for kind in kinds)
+    ):
+        return f"has {reprlib.repr(kinds)} as its layers_block_type, which is no list of layers"
+    for name in sorted({name for kind in kinds for name in _SIZES.get(kind, ())}):
+        if type(config[name]) is not int or not 0 < config[name] < 1 << 31:
+            return f"has {reprlib.repr(config[name])} as its {name}, which is no size"
+    return ""
+
+
+def _unlike(found: dict[str, str], stored: dict[str, tuple[str, Shape]]) -> str:
+    """Which tensor of a file is missing, too many or not what its metadata says; or ""."""
+    config, rows, length = (
+        SimpleNamespace(**_json(found["config"])),
+        int(found["batch_size"]),
+        int(found["token_count"]),
+    )
+    wanted = {
+        f"layers.{index}.{name}": found["state_dtype" if name == "state" else "computed_dtype"].split(",")
+        for index, kind in enumerate(config.layers_block_type)
+        for name in _NAMES.get(kind, ())
+    }
+    if missing := next((name for name in wanted if name not in stored), ""):
+        return f"has no tensor {missing}"
+    if extra := next((name for name in stored if name not in wanted and name != "token_ids"), ""):
+        return f"has the tensor {reprlib.repr(extra)}, which no layer of its config has"
+    for name, dtypes in wanted.items():
+        dtype = DTYPES.get(stored[name][0])
+        if dtype is None or _short(dtype) not in dtypes:
+            said = " or ".join(filter(None, dtypes)) or "no dtype"
+            return f"has {stored[name][0]} numbers in {name} and says {said}"
+    if wrong := _misfit({name: Spec(shape, torch.uint8) for name, (_, shape) in stored.items()}, config, rows, length):
+        return f"does not fit the config, as its {wrong}"
+    if "token_ids" in stored and stored["token_ids"] != ("I64", (rows, length)):
+        dtype_, shape = stored["token_ids"]
+        return f"has {dtype_} {shape} as its token_ids, which would be I64 {(rows, length)}"
+    return ""
 
 
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -490,7 +583,7 @@ def read(path: str | Path, model: Any, *, token_ids: Any = None, digest: str = "
                 f"{path} was saved by a model with the same config and other weights: load that checkpoint (and its "
                 "adapter), or save the cache again."
             )
-    _check_state_dtype(path, found, config)
+    _check_dtypes(path, found, config)
     length = int(found["token_count"])
     if token_ids is not None:
         ids, rows = _flat(token_ids), int(found["batch_size"])
@@ -504,20 +597,13 @@ def read(path: str | Path, model: Any, *, token_ids: Any = None, digest: str = "
     layers: list[Pair | None] = []
     try:
         with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
             for index, kind in enumerate(kinds):
-                if kind not in _NAMES:
-                    layers.append(None)
-                    continue
                 device = _device(module, index)
-                pair = [_tensor(path, file, names, f"layers.{index}.{name}", device) for name in _NAMES[kind]]
-                layers.append((pair[0], pair[1]))
+                pair = [file.get_tensor(f"layers.{index}.{name}").to(device) for name in _NAMES.get(kind, ())]
+                layers.append((pair[0], pair[1]) if pair else None)
     except SafetensorError as error:
         raise ValueError(f"{path} is cut or no saved cache ({_first(error)}): save the cache again.") from error
-    snapshot = Snapshot(kinds, length, tuple(layers))
-    if wrong := _misfit(snapshot, config):
-        raise ValueError(f"{path} does not fit the config, as its {wrong}: save the cache again.")
-    return snapshot
+    return Snapshot(kinds, length, tuple(layers))
 
 
 def saved_ids(path: str | Path) -> Tensor | None:
@@ -525,20 +611,9 @@ def saved_ids(path: str | Path) -> Tensor | None:
     found = header(path)
     with safe_open(path, framework="pt") as file:
         ids: Tensor | None = file.get_tensor("token_ids") if "token_ids" in file.keys() else None
-    shape = int(found["batch_size"]), int(found["token_count"])
-    if ids is not None and (ids.dtype != torch.int64 or tuple(ids.shape) != shape):
-        raise ValueError(
-            f"{path} has {_short(ids.dtype)} {tuple(ids.shape)} as its token_ids, which would be int64 {shape}: save "
-            "the cache again."
-        )
+    if ids is not None and _ids_digest(ids) != found["tokens"]:
+        raise ValueError(f"{path} has other token_ids than it is the state after: save the cache again.")
     return ids
-
-
-def _tensor(path: Any, file: Any, names: set[str], name: str, device: torch.device) -> Tensor:
-    if name not in names:
-        raise ValueError(f"{path} has no tensor {name}: save the cache again.")
-    tensor: Tensor = file.get_tensor(name)
-    return tensor.to(device)
 
 
 def _device(module: Any, index: int) -> torch.device:
@@ -551,23 +626,26 @@ def _device(module: Any, index: int) -> torch.device:
 
 def _check_model(path: Any, found: dict[str, str], config: NemotronHConfig) -> None:
     theirs, ours = json.loads(found["config"]), essentials(config)
-    for name in theirs:
+    for name in (*_ESSENTIALS, *theirs):
         if theirs[name] != ours.get(name):
-            ours_, theirs_ = ours.get(name), theirs[name]
+            ours_, theirs_ = reprlib.repr(ours.get(name)), reprlib.repr(theirs[name])
             if name == "layers_block_type":
-                name, theirs_, ours_ = "pattern", _pattern(theirs_), _pattern(ours_ or [])
+                name, theirs_, ours_ = "pattern", _pattern(theirs[name])[:200], _pattern(ours[name])
             raise ValueError(
                 f"{path} was saved by a model whose {name} is {theirs_} and this one's is {ours_}: load it with its "
                 "own model."
             )
 
 
-def _check_state_dtype(path: Any, found: dict[str, str], config: NemotronHConfig) -> None:
-    state = found["state_dtype"]
-    if state and state not in (str(config.mamba_ssm_cache_dtype), "float64"):
+def _check_dtypes(path: Any, found: dict[str, str], config: NemotronHConfig) -> None:
+    computed, states = (set(found[name].split(",")) for name in ("computed_dtype", "state_dtype"))
+    if "float64" in computed and found["dtype"] != "float64":
+        raise ValueError(f"{path} has float64 tensors and is of a {found['dtype']} model: save the cache again.")
+    usual = {str(config.mamba_ssm_cache_dtype), "", *({"float64"} & computed)}
+    if other := sorted(states - usual):
         raise ValueError(
-            f"{path} has {state} SSM states and this config keeps {config.mamba_ssm_cache_dtype}: set "
-            f"mamba_ssm_cache_dtype={state}, or save the cache again."
+            f"{path} has {other[0]} SSM states and this config keeps {config.mamba_ssm_cache_dtype}: set "
+            f"mamba_ssm_cache_dtype={other[0]}, or save the cache again."
         )
 
 
@@ -583,14 +661,11 @@ def _config_of(model: Any) -> tuple[Any, Any]:
 
 
 def _dtypes(snapshot: Snapshot) -> tuple[str, str]:
-    """Of what the model computed (windows, keys) and of the SSM states; "" where there is none."""
-    computed = state = ""
-    for pair, kind in zip(snapshot.layers, snapshot.kinds, strict=True):
-        if pair is not None:
-            computed = computed or _short(pair[0].dtype)
-            if kind == "mamba":
-                state = state or _short(pair[1].dtype)
-    return computed, state
+    """Of what the model computed (windows, keys, values) and of the SSM states; "" where there is none, joined by
+    commas in the cache of a model that was under autocast for a part of a text."""
+    named = [(name.endswith(".state"), _short(tensor.dtype)) for name, tensor in _named(snapshot).items()]
+    computed, states = (sorted({dtype for state, dtype in named if state is which}) for which in (False, True))
+    return ",".join(computed), ",".join(states)
 
 
 def _flat(token_ids: Any) -> Tensor:
@@ -620,7 +695,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _first(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
 
 
 __all__ = ["Snapshot", "header", "known_digest", "load", "origin", "put", "read", "save", "take", "weights_digest"]

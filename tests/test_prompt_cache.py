@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 
 import pytest
@@ -363,7 +364,7 @@ def test_files_of_somebody_else_are_passed_over(tmp_path):
         model(ids, cache=rows)
     snapshots.save(rows, tmp_path / "rows.safetensors", model=model, token_ids=ids, keep_ids=True)
     rows.save(tmp_path / "no_ids.safetensors", model=model, token_ids=ids)
-    for name in set(said) - {"nemotron_h", "pattern", "computed_dtype"}:
+    for name in set(said) - {"nemotron_h", "pattern"}:
         save_file(held, tmp_path / f"no_{name}.safetensors", metadata={k: v for k, v in said.items() if k != name})
     for name, value in (("config", "[]"), ("config", "{"), ("token_count", "many"), ("batch_size", "-1")):
         save_file(held, tmp_path / f"{name}{len(value)}.safetensors", metadata={**said, name: value})
@@ -380,6 +381,128 @@ def test_files_of_somebody_else_are_passed_over(tmp_path):
     assert later.resume(NemotronHCache(model.config), text, model) == 20
     good.unlink()
     assert PromptCache(folder=tmp_path).resume(NemotronHCache(model.config), text, model) == 0  # no tensors in it
+
+
+@pytest.fixture
+def good(tmp_path):
+    """A model, a text, the file of its state, and what is in it."""
+    model, cache = small_model("dense"), PromptCache(folder=tmp_path)
+    text = fill(model, cache, [20])
+    cache.flush(model)
+    (path,) = tmp_path.glob("*.safetensors")
+    with safe_open(path, framework="pt") as file:
+        return model, text, path, file.metadata(), load_file(path)
+
+
+def deep(depth, brackets="[]"):
+    return brackets[0] * depth + brackets[1] * depth
+
+
+BAD_FILES = {
+    "deep config": lambda said, held: (said | {"config": deep(100_000)}, held),
+    "deep part of the config": lambda said, held: (
+        said | {"config": said["config"][:-1] + f', "x": {deep(900)}}}'},
+        held,
+    ),
+    "number too long": lambda said, held: (said | {"token_count": "9" * 10_000}, held),
+    "superscript": lambda said, held: (said | {"version": "\u00b2"}, held),
+    "layers by numbers": lambda said, held: (said | {"config": json.dumps({"layers_block_type": 7})}, held),
+    "huge": lambda said, held: (said | {"config": said["config"].replace('"head_dim": 12', '"head_dim": 1e400')}, held),
+    "int8": lambda said, held: (said, {k: t.to(torch.int8) if "keys" in k else t for k, t in held.items()}),
+    "half": lambda said, held: (said, {k: t.half() if "window" in k else t for k, t in held.items()}),
+    "two rows": lambda said, held: (said, {k: torch.cat([t, t]) if "state" in k else t for k, t in held.items()}),
+    "numbers": lambda said, held: (said, {k: torch.tensor(1.0) if "values" in k else t for k, t in held.items()}),
+    "missing": lambda said, held: (said, {k: t for k, t in held.items() if k != "layers.5.state"}),
+    "other ids": lambda said, held: (said, {**held, "token_ids": held["token_ids"] + 1}),
+    "ids in int32": lambda said, held: (said, {**held, "token_ids": held["token_ids"].int()}),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bad", BAD_FILES.values(), ids=BAD_FILES)
+def test_a_bad_file_is_passed_over_and_the_good_one_found(bad, good, tmp_path):
+    """The bad one is the newer; it would stand for the same text."""
+    model, text, path, said, held = good
+    metadata, tensors = bad(said, held)
+    save_file(tensors, tmp_path / "zz.safetensors", metadata=metadata)
+    os.utime(path, (1, 1))
+    cache = NemotronHCache(model.config)
+    assert PromptCache(folder=tmp_path).resume(cache, text, model) == 20
+    ids = joined(text, tokens(1, 4, seed=8))
+    expected = model(ids, use_cache=False).logits[:, 20:]
+    assert relative_difference(model(ids[:, 20:], past_key_values=cache).logits, expected) <= 1e-9
+
+
+def test_what_is_no_safetensors_file_is_passed_over(good, tmp_path):
+    """Without waiting for a pipe; headers that are longer than the file, or than any memory; no right to read."""
+    model, text, path, *_ = good
+    header = lambda text: len(text).to_bytes(8, "little") + text  # noqa: E731
+    for number, data in enumerate((
+        b"",
+        b"what is this",
+        (1 << 62).to_bytes(8, "little") + b"{}",
+        (99_000_000).to_bytes(8, "little") + b"{",
+        header(b"[" * 100_000),
+        header(b'{"__metadata__": {"format": 5}}'),
+        header(b'{"a": {"dtype": "F32", "shape": [4611686018427387904, 4], "data_offsets": [0, 0]}}'),
+        header(b"\xff\xfe"),
+        path.read_bytes()[:-1],
+        path.read_bytes() + b"more",
+    )):  # fmt: skip
+        (tmp_path / f"no{number}.safetensors").write_bytes(data)
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "dangling.safetensors").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "itself.safetensors").symlink_to(tmp_path / "itself.safetensors")
+    (tmp_path / "device.safetensors").symlink_to("/dev/zero")
+    (tmp_path / "locked.safetensors").write_bytes(path.read_bytes()[:200])
+    (tmp_path / "locked.safetensors").chmod(0)
+    os.utime(path, (1, 1))
+    later = PromptCache(folder=tmp_path)
+    assert list(later._files.values()) == [path]
+    assert later.resume(NemotronHCache(model.config), text, model) == 20
+
+
+@pytest.mark.parametrize("what", ["removed", "a folder", "a pipe", "cut", "deep", "int8"])
+def test_a_file_that_went_bad_after_it_was_found(what, good, tmp_path):
+    """The prompt is computed, and gives what it gives without; the shorter beginning of another file serves."""
+    model, text, path, said, held = good
+    longer = PromptCache(folder=tmp_path)
+    fill(model, longer, [30])
+    longer.flush(model)
+    later, long = PromptCache(folder=tmp_path), tokens(1, 30, seed=0)
+    assert torch.equal(long[:, :20], text) and len(later._files) == 2
+    (gone,) = (file for file in later._files.values() if file != path)
+    gone.unlink()
+    if what == "a folder":
+        gone.mkdir()
+    elif what == "a pipe":
+        os.mkfifo(gone)
+    elif what == "cut":
+        gone.write_bytes(path.read_bytes()[:-9])
+    elif what in ("deep", "int8"):
+        metadata, tensors = BAD_FILES["deep config" if what == "deep" else "int8"](said, held)
+        save_file(tensors, gone, metadata=metadata)
+    cache = NemotronHCache(model.config)
+    assert later.resume(cache, long, model) == 20 and int(cache.get_seq_length()) == 20
+
+
+def test_a_full_disk_does_not_stop_who_is_generating(small_disk, monkeypatch):
+    """What does not fit into memory is then not kept; `flush`, which was asked to write, says so."""
+    said, model, prompt = [], small_model("dense"), tokens(1, 20)
+    monkeypatch.setattr("nemotron_h.prompt_cache.logger.warning", said.append)
+    (small_disk / "other").write_bytes(b"x" * (os.statvfs(small_disk).f_bavail - 1) * os.statvfs(small_disk).f_bsize)
+    expected = plain(model, prompt)
+    assert torch.equal(plain(model, prompt, prompt_cache=PromptCache(max_bytes=0, folder=small_disk)), expected)
+    assert said and all("not kept: The disk of " in each and "is full; make room" in each for each in said)
+    cache = PromptCache(folder=small_disk)
+    plain(model, prompt, prompt_cache=cache)
+    with pytest.raises(OSError, match=r"The disk of .*\.safetensors is full; make room and run it again\."):
+        cache.flush(model)
+    assert os.listdir(small_disk) == ["other"]
+    (small_disk / "other").unlink()
+    cache.flush(model)
+    assert len(PromptCache(folder=small_disk)._files) == 2
 
 
 def test_files_that_were_removed_are_written_again(tmp_path):

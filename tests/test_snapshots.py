@@ -262,9 +262,10 @@ def test_a_snapshot_of_other_sizes_changes_nothing(sizes, tmp_path):
     filled(model, ids).save(path, model=model.config)
     with safe_open(path, framework="pt") as file:
         config = json.loads(file.metadata()["config"])
-    for whole_config in (json.dumps({**config, **sizes}), "{}"):  # a file that says what is not so, or nothing
-        rewritten(path, config=whole_config)
-        load_refused(path, other, r"does not fit the config, as its \w+ of layer [03] is \(1, ")
+    rewritten(path, config=json.dumps({**config, **sizes}))  # what is not so
+    load_refused(path, other, r"does not fit the config, as its \w+ of layer [03] is \(1, ")
+    rewritten(path, config=json.dumps({name: config[name] for name in config.keys() - sizes}))  # and nothing
+    load_refused(path, other, f"says nothing of its {next(iter(sizes))}: save the cache again")
 
 
 @pytest.fixture
@@ -307,13 +308,139 @@ def test_files_that_do_not_say_enough(saved):
     with safe_open(path, framework="pt") as file:
         said = file.metadata()
     held = load_file(path)
-    for name in ("config", "weights", "dtype", "state_dtype", "batch_size", "token_count", "tokens"):
+    for name in ("config", "weights", "dtype", "computed_dtype", "state_dtype", "batch_size", "token_count", "tokens"):
         save_file(held, path, metadata={key: value for key, value in said.items() if key != name})
         load_refused(path, model, f"says nothing of its {name}: save the cache again")
     save_file(held, path, metadata={**said, "config": "[]"})
     load_refused(path, model, "has a config that is no JSON object: save the cache again")
     save_file(held, path, metadata={**said, "token_count": "many"})
     load_refused(path, model, "has 'many' as its token_count, which is no number")
+
+
+def double(tensor):
+    return torch.cat([tensor, tensor])
+
+
+# Of the dense model: layers 0, 2 and 5 are Mamba, 3 is attention.
+CHANGED_TENSORS = {
+    "keys in int8": {"layers.3.keys": lambda keys: keys.to(torch.int8)},
+    "values in bool": {"layers.3.values": lambda values: values > 0},
+    "one window in float16": {"layers.2.window": torch.Tensor.half},
+    "complex state": {"layers.5.state": lambda state: state.to(torch.complex64)},
+    "float8 state": {"layers.0.state": lambda state: state.to(torch.float8_e4m3fn)},
+    "keys and values in float32": {"layers.3.keys": torch.Tensor.float, "layers.3.values": torch.Tensor.float},
+    "uint16 window": {"layers.0.window": lambda window: window.to(torch.uint16)},
+    "two rows in one layer": {"layers.2.window": double, "layers.2.state": double},
+    "two rows in all": {f"layers.{i}.{name}": double for i in (0, 2, 5) for name in ("window", "state")}
+    | {"layers.3.keys": double, "layers.3.values": double},
+    "two rows of keys": {"layers.3.keys": double},
+    "no rows": {"layers.0.state": lambda state: state[:0]},
+    "longer values": {"layers.3.values": lambda values: torch.cat([values, values[..., :1, :]], 2)},
+    "both shorter": {f"layers.3.{name}": lambda keys: keys[..., :-1, :].contiguous() for name in ("keys", "values")},
+    "a number": {"layers.0.window": lambda window: torch.tensor(1.0, dtype=torch.float64)},
+    "transposed": {"layers.2.state": lambda state: state.mT.contiguous()},
+    "flat": {"layers.2.state": torch.Tensor.flatten},
+    "missing": {"layers.5.state": lambda state: None},
+    "another's": {"layers.1.keys": lambda none: torch.zeros(1)},
+    "too many": {"lm_head": lambda none: torch.zeros(1)},
+}
+
+
+@pytest.mark.parametrize("changes", CHANGED_TENSORS.values(), ids=CHANGED_TENSORS)
+def test_every_tensor_is_what_the_header_says(saved, changes):
+    model, ids, path = saved
+    with safe_open(path, framework="pt") as file:
+        said = file.metadata()
+    held = load_file(path)
+    for name, change in changes.items():
+        held[name] = change(held.get(name))
+    save_file({name: tensor for name, tensor in held.items() if tensor is not None}, path, metadata=said)
+    load_refused(path, model, "state.safetensors (has|does not fit).*: save the cache again", token_ids=ids)
+    load_refused(path, model.config, "state.safetensors (has|does not fit).*: save the cache again", max_cache_len=30)
+
+
+def test_a_file_that_says_of_itself_what_another_model_holds(saved):
+    """Tensors and header agree, and are not of this model."""
+    model, _ids, path = saved
+    held = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        said = file.metadata()
+    states = {name: t.bfloat16() if name.endswith("state") else t for name, t in held.items()}
+    save_file(states, path, metadata={**said, "state_dtype": "bfloat16"})
+    load_refused(path, model, "has bfloat16 SSM states and this config keeps float32")
+    save_file(held, path, metadata={**said, "dtype": "float32"})
+    load_refused(path, model.config, "has float64 tensors and is of a float32 model: save the cache again")
+    save_file({name: t.half() for name, t in held.items()}, path, metadata={**said, "computed_dtype": "int8"})
+    load_refused(path, model, "has 'int8' as its computed_dtype, which is no dtype of a cache")
+    config = {**json.loads(said["config"]), "layers_block_type": ["mamba"] * 7}
+    save_file(held, path, metadata={**said, "config": json.dumps(config)})
+    load_refused(path, model, r"has no tensor layers\.1\.window: save the cache again")
+
+
+SAID_WRONGLY = [
+    ("config", ["", "5", "null", "[" * 100_000, '{"a":' * 100_000, "1" * 10_000, '{"hidden_size": 32', "{}", "\n{}\n"]),
+    ("weights", ["no digest", "0" * 63, "0" * 64 + "\n", "A" * 64, "a" * 100_000]),
+    ("tokens", ["x", "f" * 65]),
+    ("dtype", ["", "float 32", "x" * 100_000, "float32\nfloat64"]),
+    ("computed_dtype", ["", "complex64", "float64,", "int8,float64"]),
+    ("state_dtype", ["int32", "float65", ","]),
+    ("batch_size", ["", "0", "-1", "1.0", "1e400", "x", "9" * 10_000, "\u0661", "01", "NaN"]),
+    ("token_count", ["", "0", "-20", "20.0", "1e400", "many", "\u00b2", "2" * 5_000, " 20", "20\n"]),
+    ("version", ["", "2.0", "\u00b2", "9" * 10_000, "two\nlines", "-1"]),
+]
+WRONG_IN_A_CONFIG = [
+    ("layers_block_type", [None, "M-M*-M-", [], 5, {}, [["mamba"]], ["mamba", "conv"], [None] * 7]),
+    ("mamba_num_heads", ["6", -6, 0, 6.0, True, None, 10**30, [6], {"a": 1}, float("nan"), float("inf")]),
+    ("head_dim", ["x" * 100_000, [[[[]]]], 1 << 31]),
+    ("time_step_limit", [None, [0], [0.0, 1e308], "x\ny"]),
+    ("n_routed_experts", ["many", {"deep": [[[[[[[[]]]]]]]]}]),
+]
+
+
+@pytest.mark.parametrize("name, values", SAID_WRONGLY + WRONG_IN_A_CONFIG)
+def test_whatever_is_wrong_in_a_header_is_a_sentence(saved, name, values):
+    model, ids, path = saved
+    with safe_open(path, framework="pt") as file:
+        said = file.metadata()
+    held, config = load_file(path), json.loads(said["config"])
+    for value in values:
+        changes = {name: value} if name in said else {"config": json.dumps({**config, name: value})}
+        save_file(held, path, metadata={**said, **changes})
+        for given in (model, model.config):
+            with pytest.raises(ValueError, match=r"state\.safetensors .*: (save|load|install)") as error:
+                NemotronHCache.load(path, given, token_ids=ids)
+            assert "\n" not in str(error.value) and len(str(error.value)) < 500, str(error.value)[:1000]
+    for missing in () if name in said else (name,):
+        left = {key: value for key, value in config.items() if key != missing}
+        save_file(held, path, metadata={**said, "config": json.dumps(left)})
+        load_refused(path, model, f"says nothing of its {missing}: save the cache again")
+
+
+def test_what_is_no_file_is_not_waited_for(saved, tmp_path):
+    """A pipe nobody writes into, a folder, a device."""
+    model, _ids, path = saved
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "device.safetensors").symlink_to("/dev/zero")
+    for name in ("pipe", "folder", "device"):
+        load_refused(tmp_path / f"{name}.safetensors", model, "is no file: pass one that NemotronHCache.save wrote")
+    (tmp_path / "link.safetensors").symlink_to(path)  # as the hub's snapshots are
+    assert int(NemotronHCache.load(tmp_path / "link.safetensors", model).get_seq_length()) == 20
+
+
+@torch.no_grad()
+def test_autocast_for_a_part_of_a_text(tmp_path):
+    """Layers may then hold two dtypes; a file of that is the cache of its model, too."""
+    model, ids, path = small_model("dense", torch.float32), tokens(1, 30), tmp_path / "a"
+    cache = filled(model, ids[:, :15])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(ids[:, 15:20], cache=cache)
+    cache.save(path, model=model)
+    loaded = NemotronHCache.load(path, model)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(tensors(cache), tensors(loaded), strict=True))
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["computed_dtype"] == "bfloat16,float32"
+    assert relative_difference(going_on(model, loaded, ids[:, 20:]), whole(model, ids, 20), record=False) < 0.1
 
 
 def test_files_of_another_model(saved):
@@ -481,3 +608,17 @@ def test_a_save_that_fails_leaves_the_old_file(saved, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         filled(model, ids).save(path, model=model)
     assert path.read_bytes() == old and os.listdir(path.parent) == [path.name]
+
+
+def test_a_full_disk_is_said_and_leaves_the_old_file(saved, small_disk):
+    model, ids, _path = saved
+    path = small_disk / "state.safetensors"
+    filled(model, ids).save(path, model=model, token_ids=ids)
+    (small_disk / "other").write_bytes(b"x" * (os.statvfs(small_disk).f_bavail - 1) * os.statvfs(small_disk).f_bsize)
+    old = path.read_bytes()
+    with pytest.raises(OSError, match=r"^The disk of .*state\.safetensors is full; make room and run it again\.$"):
+        filled(model, tokens(1, 60)).save(path, model=model)
+    assert path.read_bytes() == old and sorted(os.listdir(small_disk)) == ["other", "state.safetensors"]
+    (small_disk / "other").unlink()
+    filled(model, tokens(1, 60)).save(path, model=model)
+    assert int(NemotronHCache.load(path, model).get_seq_length()) == 60
