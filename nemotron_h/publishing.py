@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoints.writing import check_free, whole
+from .checkpoints.writing import check_free, said_if_full, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -139,9 +139,9 @@ def publish(
         prefix=f".{name.split('/')[-1]}.", dir=None if to_hub else target.parent
     ) as scratch:
         folder = Path(scratch) / "model"
-        _write(model, inner, folder, tokenizer, base_model if adapter else None)
-        with whole(folder / "README.md") as temporary:
-            temporary.write_text(card, encoding="utf-8")
+        with said_if_full(folder if to_hub else target):
+            _write(model, inner, folder, tokenizer, base_model if adapter else None)
+            (folder / "README.md").write_text(card, encoding="utf-8")
         if not to_hub:
             if target.exists():
                 target.rmdir()

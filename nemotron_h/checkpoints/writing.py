@@ -40,6 +40,7 @@ Done = Callable[[int], None]
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MARK = ".conversion"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass
@@ -118,9 +119,8 @@ def _staged(dest: Path, fingerprint: str, file: str | None) -> Iterator[Path]:
             raise
         except (OSError, RuntimeError) as error:
             cause = _cause(error)
-            if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
-                remedy = f"make room and run it again: it goes on from {folder}"
-                raise OSError(f"The disk of {dest} is full; {remedy}.") from error
+            if _is_full(cause):
+                raise _full(dest, f"make room and run it again: it goes on from {folder}") from error
             if cause is not error:
                 raise cause from None
             raise
@@ -141,6 +141,34 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
+def _is_full(error: BaseException) -> bool:
+    """Whether a disk had no room: safetensors and tokenizers, which are Rust, say it in words alone."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _NO_ROOM
+    return any(f"(os error {number})" in str(error) for number in _NO_ROOM)
+
+
+def _full(dest: Path, remedy: str) -> OSError:
+    full = OSError(f"The disk of {dest} is full; {remedy}.")
+    full.errno = errno.ENOSPC  # for those further out; the text stays the sentence
+    return full
+
+
+@contextmanager
+def said_if_full(dest: Path) -> Iterator[None]:
+    """A full disk is said in a sentence, whoever of the writers stumbles on it.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _is_full(_cause(error)):
+            raise _full(dest, "make room and run it again") from error
+        raise
+
+
 def companions(source: Path) -> list[Path]:
     """The files of `COMPANIONS` that a folder has."""
     return sorted({file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()})
@@ -153,11 +181,16 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A temporary name in the folder of `path`; what is written there becomes `path` at the end, or is removed."""
+    """A temporary name in the folder of `path`; what is written there becomes `path` at the end, or is removed.
+
+    Raises:
+        OSError: it cannot be written; where the disk is full, that sentence.
+    """
     temporary = path.with_name(f".{path.name}.writing")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with said_if_full(path):
+            yield temporary
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -88,11 +88,15 @@ def _write(path: str, local: bool, dest: Path, wanted: NemotronHQuantizationConf
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    from ..checkpoints.writing import said_if_full
+
     with _whole_or_nothing(dest) as folder:
         model = AutoModelForCausalLM.from_pretrained(path, quantization_config=wanted, local_files_only=local)
-        model.save_pretrained(folder)
-        for file in _files(path, local):
-            shutil.copy2(file, folder / file.name)
+        files = _files(path, local)
+        with said_if_full(dest):
+            model.save_pretrained(folder)
+            for file in files:
+                shutil.copy2(file, folder / file.name)
     return _logits(model, vocab_size) if vocab_size else None
 
 

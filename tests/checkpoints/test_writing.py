@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from nemotron_h.checkpoints import writing
@@ -305,6 +305,42 @@ def test_half_a_file_is_removed(tmp_path):
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "stop, full",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (Exception("No space left on device (os error 28)"), True),  # as tokenizers has it
+        (OSError(errno.EFBIG, "File too large"), False),
+        (SafetensorError("I/O error: File too large (os error 27)"), False),
+        (ValueError("a weight is NaN"), False),
+    ],
+    ids=str,
+)
+def test_a_full_disk_whoever_says_so(tmp_path, stop, full):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(OSError if full else type(stop)) as error, writing.whole(tmp_path / "file") as temporary:
+        temporary.write_text("half")
+        raise stop
+    sentence = f"The disk of {tmp_path / 'file'} is full; make room and run it again."
+    assert str(error.value) == sentence if full else error.value is stop
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "old")]
+
+
+def test_a_full_disk_within_a_conversion(source, tmp_path):
+    """Found by `whole`, said by `convert`, which says where it goes on from."""
+    wrong = conversion(source)
+
+    def write(folder, done):
+        with writing.whole(folder / "a"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    wrong.write = write
+    with pytest.raises(OSError, match=r"The disk of .*dest is full; make room and run it again: it goes on from"):
+        convert(wrong, tmp_path / "dest")
 
 
 def test_companions(tmp_path):

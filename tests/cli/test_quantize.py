@@ -147,6 +147,15 @@ def test_a_failure_leaves_nothing_behind(refused, base_model, tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize("room", [4096, 60_000, 90_000])  # within the config, the weights, the tokenizer
+def test_a_full_disk(room, refused, base_model, small_disk):
+    taken = (1 << 18) - room
+    (small_disk / "other").write_bytes(b"x" * taken)
+    said = refused("quantize", str(base_model), str(small_disk / "out" / "dest"), "--to", "int4")
+    assert said.endswith(f"The disk of {small_disk}/out/dest is full; make room and run it again.")
+    assert list((small_disk / "out").iterdir()) == []
+
+
 def test_interrupted_while_writing(base_model, tmp_path, monkeypatch, cli):
     def stop(self, *args, **kwargs):
         raise KeyboardInterrupt
