@@ -10,11 +10,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import takewhile
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+
+from .config_values import (
+    LARGEST_SIZE,
+    MOST_EXPERTS,
+    MOST_LAYERS,
+    check_for_library,
+    check_kinds,
+    check_optional,
+    check_positive,
+    check_sizes,
+    is_bool,
+    is_int,
+    shorten,
+)
+from .config_values import fail as _fail
 
 # The kinds of layer: published name -> (letter of the pattern, name that transformers' cache and mask code knows).
 LAYER_KINDS = {
@@ -71,25 +86,6 @@ _FLOAT32_MAX = 3.4028234663852886e38
 # Read as infinity: the largest float32, bfloat16 and float64, also where a writer rounded them.
 _AS_GOOD_AS_INFINITE = 3.3e38
 
-# What must hold where the model has such a layer ("" = always): positive integers, positive numbers, and multiples.
-_POSITIVE_INTEGERS = {
-    "": "vocab_size hidden_size max_position_embeddings",
-    "attention": "num_attention_heads num_key_value_heads head_dim",
-    "mamba": "mamba_num_heads mamba_head_dim n_groups ssm_state_size conv_kernel chunk_size",
-    "moe": "n_routed_experts num_experts_per_tok n_shared_experts moe_intermediate_size "
-    "moe_shared_expert_intermediate_size n_group topk_group",
-}
-_POSITIVE_NUMBERS = {"": "layer_norm_epsilon", "mamba": "time_step_min time_step_max time_step_floor"}
-_MULTIPLES = {
-    "attention": ("num_attention_heads", "num_key_value_heads"),
-    "mamba": ("mamba_num_heads", "n_groups"),
-    "moe": ("n_routed_experts", "n_group"),
-}
-
-
-def _fail(problem: str, remedy: str) -> NoReturn:
-    raise ValueError(f"{problem}; {remedy}.")
-
 
 def parse_layers(layers: str | Sequence[str], key: str = "hybrid_override_pattern") -> list[str]:
     """The published layer names of a pattern such as `"M-M*|M-"` or of a list in any dialect's names or letters.
@@ -97,19 +93,21 @@ def parse_layers(layers: str | Sequence[str], key: str = "hybrid_override_patter
     Raises `ValueError` that names the unknown layer, its position from 0, and what is allowed.
     """
     if not isinstance(layers, (str, list, tuple)):
-        _fail(f"{key} is {layers!r}", "give a pattern such as 'M-M*-' or a list of layer names")
+        _fail(f"{key} is {shorten(layers)}", "give a pattern such as 'M-M*-' or a list of layer names")
+    if len(layers) > 2 * MOST_LAYERS:  # a pattern may have a boundary after each layer
+        _fail(f"{key} has {len(layers)} layers", f"give at most {MOST_LAYERS}")
     kinds = []
     for position, layer in enumerate(layers):
         if layer == "|" and isinstance(layers, str):  # Megatron's pipeline boundary; not a layer
             continue
         if not isinstance(layer, str) or layer not in _KIND_OF:
             _fail(
-                f"{key} has the unknown layer {layer!r} at position {position} (from 0) of {_shorten(layers)}",
+                f"{key} has the unknown layer {shorten(layer)} at position {position} (from 0) of {shorten(layers)}",
                 f"use {_ALLOWED_LAYERS}",
             )
         kinds.append(_KIND_OF[layer])
     if not kinds:
-        _fail(f"{key} is {layers!r}, which has no layers", f"give at least one of {_ALLOWED_LAYERS}")
+        _fail(f"{key} is {shorten(layers)}, which has no layers", f"give at least one of {_ALLOWED_LAYERS}")
     return kinds
 
 
@@ -130,11 +128,6 @@ def _layers_property(slot: str, show: Callable[[list[str]], Any], doc: str) -> A
     return property(fget, fset, doc=doc)
 
 
-def _shorten(layers: str | Sequence[str], limit: int = 140) -> str:
-    text = repr(layers)
-    return text if len(text) <= limit else f"{text[: limit - 4]}...{text[-1]}"
-
-
 def _read_float(value: Any) -> float:
     """A float in any of the spellings that were published, `{"__float__": "Infinity"}` and the string among them."""
     if isinstance(value, dict) and set(value) == {"__float__"}:
@@ -148,18 +141,14 @@ def _read_float(value: Any) -> float:
 def _read_time_step_limit(value: Any) -> tuple[float, float]:
     try:
         low, high = (_read_float(bound) for bound in value)
-    except (TypeError, ValueError):
-        _fail(f"time_step_limit is {value!r}", "give two numbers such as [0.0, 0.1], or leave it out for (0, inf)")
+    except (TypeError, ValueError, OverflowError):
+        _fail(
+            f"time_step_limit is {shorten(value)}", "give two numbers such as [0.0, 0.1], or leave it out for (0, inf)"
+        )
     low = 0.0 if low == -math.inf else low  # softplus is positive: the same function
     if not 0.0 <= low < high:  # NaN fails as well
         _fail(f"time_step_limit is {value!r}", "give two numbers with 0 <= lower < upper")
     return low, high
-
-
-def _check_positive(name: str, value: Any, what: str = "integer", types: tuple[type, ...] = (int,)) -> None:
-    usable = isinstance(value, types) and not isinstance(value, bool)
-    if not usable or not value > 0:
-        _fail(f"{name} is {value!r}", f"give a positive {what}")
 
 
 # Called once, when the first config exists: what the package puts off until then (importing its model classes).
@@ -260,8 +249,13 @@ class NemotronHConfig(PreTrainedConfig):
         kwargs.pop("auto_map", None)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        for name in ("use_bias", "mamba_proj_bias"):
+            check_optional(name, getattr(self, name), "true or false", is_bool)
         self.use_bias = self.mamba_proj_bias = bool(self.use_bias or self.mamba_proj_bias)
         self._read_dtype(kwargs.pop("torch_dtype", None))
+        if kwargs.get("num_labels", 0) is None:
+            del kwargs["num_labels"]
+        check_for_library({**vars(self), **kwargs})
         super().__post_init__(**kwargs)
         self.validate()
         while _before_first_use:
@@ -272,7 +266,7 @@ class NemotronHConfig(PreTrainedConfig):
         dtype: Any = getattr(self, "dtype", None) or torch_dtype
         found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
         if dtype is not None and not isinstance(found, torch.dtype):
-            _fail(f"dtype is {dtype!r}", "name a torch dtype such as 'bfloat16' or 'float32'")
+            _fail(f"dtype is {shorten(dtype)}", "name a torch dtype such as 'bfloat16' or 'float32'")
         self.dtype = found
 
     def _read_aliases(self, kwargs: dict[str, Any]) -> None:
@@ -285,10 +279,11 @@ class NemotronHConfig(PreTrainedConfig):
             for other, other_value in others:
                 if other_value != value:
                     _fail(
-                        f"{first} is {value!r} but {other} is {other_value!r}, and they are two names of one setting",
+                        f"{first} is {shorten(value)} but {other} is {shorten(other_value)}, and they are two names of "
+                        "one setting",
                         "give one of them, or both the same value",
                     )
-            if isinstance(default, float) and isinstance(value, int):
+            if isinstance(default, float) and is_int(value) and abs(value) <= LARGEST_SIZE:
                 value = float(value)  # transformers' own class is strict about it
             setattr(self, name, value)
 
@@ -317,14 +312,16 @@ class NemotronHConfig(PreTrainedConfig):
 
     def _read_depths(self, key: str, depths: list[str]) -> list[str]:
         """The MTP layers of a pattern such as "M-M*-/*E/*E", which are the same for every depth."""
+        if len(depths) > MOST_LAYERS:
+            _fail(f"{key} has {len(depths)} MTP depths", f"give at most {MOST_LAYERS}")
         if "" in depths:
             _fail(f"{key} has a '/' with no MTP layers after it", "leave the '/' out, or write the layers of the depth")
         if len(set(depths)) > 1:
-            _fail(f"{key} has different MTP depths {depths}", "write the same pattern after each '/'")
+            _fail(f"{key} has different MTP depths {shorten(depths)}", "write the same pattern after each '/'")
         given = self.num_nextn_predict_layers
         if given is not None and given != len(depths):
             _fail(
-                f"num_nextn_predict_layers is {given!r} but {key} has {len(depths)} MTP depths",
+                f"num_nextn_predict_layers is {shorten(given)} but {key} has {len(depths)} MTP depths",
                 "give one of them, or the same number of depths",
             )
         self.num_nextn_predict_layers = len(depths)
@@ -379,7 +376,7 @@ class NemotronHConfig(PreTrainedConfig):
     def num_hidden_layers(self, number: int) -> None:
         if number != self.num_hidden_layers:
             _fail(
-                f"num_hidden_layers is {number!r} but the pattern {self.hybrid_override_pattern!r} has "
+                f"num_hidden_layers is {shorten(number)} but the pattern {shorten(self.hybrid_override_pattern)} has "
                 f"{self.num_hidden_layers}",
                 "leave num_hidden_layers out, or give a hybrid_override_pattern of that length",
             )
@@ -436,30 +433,28 @@ class NemotronHConfig(PreTrainedConfig):
         self.mamba_ssm_cache_dtype = str(self.mamba_ssm_cache_dtype).removeprefix("torch.")
         depths = self.num_nextn_predict_layers
         if not isinstance(depths, int) or isinstance(depths, bool) or depths < 0:
-            _fail(f"num_nextn_predict_layers is {depths!r}", "give the number of MTP depths, 0 for none")
+            _fail(f"num_nextn_predict_layers is {shorten(depths)}", "give the number of MTP depths, 0 for none")
+        layers = len(self.layers_block_type) + depths * len(self.mtp_layers_block_type)
+        if layers > MOST_LAYERS:
+            _fail(f"the model has {layers} layers, of {depths} MTP depths", f"give at most {MOST_LAYERS}")
+        check_kinds(self)
         kinds = ("", *sorted(set(self._all_layers)))
-        for kind in kinds:
-            for name in _POSITIVE_INTEGERS.get(kind, "").split():
-                _check_positive(name, getattr(self, name))
-            for name in _POSITIVE_NUMBERS.get(kind, "").split():
-                _check_positive(name, getattr(self, name), "number", (int, float))
-            number, divisor = _MULTIPLES.get(kind, ("", ""))
-            if number and getattr(self, number) % getattr(self, divisor):
-                _fail(
-                    f"{number} is {getattr(self, number)}, which {divisor} {getattr(self, divisor)} does not divide",
-                    f"use a multiple of {divisor}",
-                )
+        check_sizes(self, kinds)
         if "mamba" in kinds and self.time_step_min > self.time_step_max:
             _fail(
                 f"time_step_min is {self.time_step_min!r} but time_step_max is {self.time_step_max!r}",
                 "give time_step_min <= time_step_max",
             )
         if "mamba" in kinds and self.mamba_ssm_cache_dtype not in _SSM_DTYPES:
-            _fail(f"mamba_ssm_cache_dtype is {self.mamba_ssm_cache_dtype!r}", f"use one of {', '.join(_SSM_DTYPES)}")
+            _fail(
+                f"mamba_ssm_cache_dtype is {shorten(self.mamba_ssm_cache_dtype)}",
+                f"use one of {', '.join(_SSM_DTYPES)}",
+            )
         if "mamba" in kinds and self.mamba_hidden_act not in ("silu", "swish"):
-            _fail(f"mamba_hidden_act is {self.mamba_hidden_act!r}", "use 'silu', as every published model does")
-        if {"mlp", "moe"} & set(kinds) and self.mlp_hidden_act not in ACT2FN:
-            _fail(f"mlp_hidden_act is {self.mlp_hidden_act!r}", "use a name of transformers.activations.ACT2FN")
+            _fail(f"mamba_hidden_act is {shorten(self.mamba_hidden_act)}", "use 'silu', as every published model does")
+        act = self.mlp_hidden_act
+        if {"mlp", "moe"} & set(kinds) and not (isinstance(act, str) and act in ACT2FN):
+            _fail(f"mlp_hidden_act is {shorten(act)}", "use a name of transformers.activations.ACT2FN")
         if "mlp" in kinds:
             self._check_mlp()
         if "moe" in kinds:
@@ -467,26 +462,33 @@ class NemotronHConfig(PreTrainedConfig):
 
     def _check_mlp(self) -> None:
         if isinstance(self.intermediate_size, int):
-            return _check_positive("intermediate_size", self.intermediate_size)
+            return check_positive("intermediate_size", self.intermediate_size)
         sizes, mlps = self.intermediate_size, self.layers_block_type.count("mlp")
         if not isinstance(sizes, (list, tuple)) or len(sizes) != mlps:
             _fail(
-                f"intermediate_size is {sizes!r} but the model has {mlps} MLP layers",
+                f"intermediate_size is {shorten(sizes)} but the model has {mlps} MLP layers",
                 "give one size for all of them, or a list with one size per MLP layer",
             )
         for index, size in enumerate(sizes):
-            _check_positive(f"intermediate_size[{index}]", size)
+            check_positive(f"intermediate_size[{index}]", size)
         if self.has_mtp and "mlp" in self.mtp_layers_block_type:
             _fail(
-                f"intermediate_size is the list {sizes!r} but the MTP pattern {self.mtp_hybrid_override_pattern!r} has "
-                f"an MLP layer that no entry belongs to",
+                f"intermediate_size is the list {shorten(sizes)} but the MTP pattern "
+                f"{shorten(self.mtp_hybrid_override_pattern)} has an MLP layer that no entry belongs to",
                 "give one size for all MLP layers",
             )
 
     def _check_moe(self) -> None:
         experts, groups = self.n_routed_experts, self.n_group
         if self.moe_latent_size is not None:
-            _check_positive("moe_latent_size", self.moe_latent_size)
+            check_positive("moe_latent_size", self.moe_latent_size)
+        layers = self.layers_block_type.count("moe")
+        layers += self.num_nextn_predict_layers * self.mtp_layers_block_type.count("moe")
+        if layers * experts > MOST_EXPERTS:
+            _fail(
+                f"n_routed_experts is {experts} in each of {layers} layers, more than in any model",
+                f"give at most {MOST_EXPERTS} in all",
+            )
         if self.topk_group > groups:
             _fail(f"topk_group is {self.topk_group} but n_group is {groups}", "choose at most n_group groups")
         if self.num_experts_per_tok > (available := experts // groups * self.topk_group):

@@ -615,3 +615,60 @@ def test_whole_numbers_for_fractions_are_read(tmp_path):
 def test_patterns_and_lists():
     assert parse_layers("M-*E") == ["mamba", "mlp", "attention", "moe"]
     assert layers_to_pattern(parse_layers("M|-*E")) == "M-*E"
+
+
+SIZES = "vocab_size hidden_size num_attention_heads head_dim mamba_num_heads ssm_state_size chunk_size"
+SWITCHES = "tie_word_embeddings use_cache attention_bias use_conv_bias use_bias mamba_proj_bias norm_topk_prob"
+WRONG = {
+    **{name: (0, -1, 10**12, 10**30, True, "64", 1.5, math.nan, [[]], {}) for name in SIZES.split()},
+    **{
+        name: ("no", "false", 2, 0.5, [], {})
+        for name in SWITCHES.split()
+    },
+    "layer_norm_epsilon": (0, -1e-5, math.nan, math.inf, "small", True, 10**400),
+    "initializer_range": ("x", math.nan, math.inf, []),
+    "eos_token_id": ("x", 1.5, 10**12, [2, "x"], True, {}),
+    "pad_token_id": ("x", [None, "x"]),
+    "quantization_config": (5, "fp8", [], True),
+    "layers_block_type": (7, {}, True, [["mamba"]], [7], "M" * 200_000, ["mamba"] * 200_000, "M" * 10_001),
+    "hybrid_override_pattern": (7, {}, "M" * 200_000, "X" * 200_000, "M" * 20_000 + "?", "M/" * 200_000, "/"),
+    "num_nextn_predict_layers": (10**9, -1, "1", True, 9_999),
+    "num_hidden_layers": ("4", 10**12),
+    "num_labels": (10**12, "x", 1.5),
+    "id2label": (5, [], "x"),
+    "rope_scaling": (5, "x", [1]),
+    "architectures": (5, [5], "NemotronHForCausalLM"),
+    "mlp_hidden_act": (5, ["relu2"], "x" * 10_000),
+    "mamba_hidden_act": (5, ["silu"], "x" * 10_000),
+    "mamba_ssm_cache_dtype": (5, "x" * 10_000),
+    "dtype": (5, "nn", "x" * 10_000),
+    "time_step_limit": (5, "ab", [1], [10**400, 1], {"a": 1, "b": 2}, ["x"] * 100_000),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_value_is_said_in_a_short_sentence(name):
+    for value in WRONG[name]:
+        fields = {"hybrid_override_pattern": "M-*E", "n_routed_experts": 4, "num_nextn_predict_layers": 0}
+        if name == "layers_block_type":
+            del fields["hybrid_override_pattern"]
+        with pytest.raises(ValueError, match=r"^[^\n]{1,400}\.$") as error:
+            NemotronHConfig.from_dict({**fields, name: value})
+        assert name in str(error.value) or "layers" in name, (value, str(error.value))
+
+
+@pytest.mark.parametrize(("pattern", "experts"), [("E", 1 << 19), ("E" * 600, 512), ("M", 1 << 40)])
+def test_experts_are_counted_over_all_layers(pattern, experts):
+    fields = {"hybrid_override_pattern": pattern, "n_routed_experts": experts}
+    if pattern == "M":
+        assert NemotronHConfig(**fields).n_routed_experts == experts  # it has none
+        return
+    with pytest.raises(ValueError, match=rf"n_routed_experts is {experts} in each of {len(pattern)} layers"):
+        NemotronHConfig(**fields)
+
+
+def test_numbers_for_switches_and_null_for_what_is_left_out_are_read():
+    config = NemotronHConfig(
+        attention_bias=0, tie_word_embeddings=1, num_labels=None, eos_token_id=[2, 11], pad_token_id=None
+    )
+    assert (config.attention_bias, config.tie_word_embeddings, config.eos_token_id) == (0, 1, [2, 11])

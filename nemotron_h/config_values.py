@@ -1,0 +1,117 @@
+"""What a setting of a config may be: kinds of values, and how far sizes and counts are believed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+# A config is believed up to here, far beyond any model: what is made of it (a name for each tensor of each expert,
+# modules without weights) takes memory before any file is asked how much it has.
+LARGEST_SIZE = 1 << 31
+MOST_LAYERS = 10_000
+MOST_EXPERTS = 1 << 18  # over all layers
+MOST_LABELS = 1 << 20  # transformers makes a name for each
+
+# What must hold where the model has such a layer ("" = always): positive integers, positive numbers, and multiples.
+_POSITIVE_INTEGERS = {
+    "": "vocab_size hidden_size max_position_embeddings",
+    "attention": "num_attention_heads num_key_value_heads head_dim",
+    "mamba": "mamba_num_heads mamba_head_dim n_groups ssm_state_size conv_kernel chunk_size",
+    "moe": "n_routed_experts num_experts_per_tok n_shared_experts moe_intermediate_size "
+    "moe_shared_expert_intermediate_size n_group topk_group",
+}
+_POSITIVE_NUMBERS = {"": "layer_norm_epsilon", "mamba": "time_step_min time_step_max time_step_floor"}
+_MULTIPLES = {
+    "attention": ("num_attention_heads", "num_key_value_heads"),
+    "mamba": ("mamba_num_heads", "n_groups"),
+    "moe": ("n_routed_experts", "n_group"),
+}
+_BOOLS = (
+    "tie_word_embeddings use_cache residual_in_fp32 rescale_prenorm_residual attention_bias mlp_bias use_conv_bias "
+    "use_mamba_kernels moe_shared_expert_overlap norm_topk_prob output_router_logits"
+).split()
+_NUMBERS = "initializer_range hidden_dropout attention_dropout routed_scaling_factor".split()
+
+
+def fail(problem: str, remedy: str) -> NoReturn:
+    raise ValueError(f"{problem}; {remedy}.")
+
+
+def check_layers(name: str, number: Any) -> None:
+    """Raises `ValueError` where `number` is no number of layers that a model can have."""
+    if type(number) is not int or not 0 < number <= MOST_LAYERS:
+        fail(f"{name} is {shorten(number)}", f"give a number of layers up to {MOST_LAYERS}")
+
+
+def shorten(value: object, limit: int = 140) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 4]}...{text[-1]}"
+
+
+def check_positive(name: str, value: Any, what: str = "integer", types: tuple[type, ...] = (int,)) -> None:
+    usable = isinstance(value, types) and not isinstance(value, bool)
+    if not usable or not 0 < value < math.inf:
+        fail(f"{name} is {shorten(value)}", f"give a positive {what}")
+    if what == "integer" and value > LARGEST_SIZE:
+        fail(f"{name} is {shorten(value)}, larger than in any model", f"give a positive integer up to {LARGEST_SIZE}")
+
+
+def check_optional(name: str, value: Any, what: str, usable: Callable[[Any], bool]) -> None:
+    if value is not None and not usable(value):
+        fail(f"{name} is {shorten(value)}", f"give {what}, or leave it out")
+
+
+def is_bool(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, int) and value in (0, 1))
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return is_int(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
+
+
+def check_for_library(given: Mapping[str, Any]) -> None:
+    """What transformers' base class opens before this package can look at it."""
+    for name in ("id2label", "label2id", "rope_scaling", "rope_parameters"):
+        check_optional(name, given.get(name), "names and values", lambda value: isinstance(value, dict))
+    check_optional("architectures", given.get("architectures"), "a list of names", _is_names)
+    check_optional("num_labels", given.get("num_labels"), "their number", lambda n: is_int(n) and n <= MOST_LABELS)
+
+
+def check_kinds(config: Any) -> None:
+    """Switches, numbers and ids, which are looked at whatever layers the model has: Python takes "no" for true."""
+    for name in _BOOLS:
+        check_optional(name, getattr(config, name), "true or false", is_bool)
+    for name in _NUMBERS:
+        check_optional(name, getattr(config, name), "a number", _is_number)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = getattr(config, name)
+        values = value if isinstance(value, (list, tuple)) else [value]
+        for each in values:
+            check_optional(name, each, "the id of a token", lambda id: is_int(id) and abs(id) <= LARGEST_SIZE)
+    stored = getattr(config, "quantization_config", None)
+    usable = isinstance(stored, dict) or hasattr(stored, "to_dict")
+    check_optional("quantization_config", stored, "names and values", lambda _: usable)
+
+
+def check_sizes(config: Any, kinds: Sequence[str]) -> None:
+    """What the layers of these kinds are made of; "" is the model itself."""
+    for kind in kinds:
+        for name in _POSITIVE_INTEGERS.get(kind, "").split():
+            check_positive(name, getattr(config, name))
+        for name in _POSITIVE_NUMBERS.get(kind, "").split():
+            check_positive(name, getattr(config, name), "number", (int, float))
+        number, divisor = _MULTIPLES.get(kind, ("", ""))
+        if number and getattr(config, number) % getattr(config, divisor):
+            fail(
+                f"{number} is {getattr(config, number)}, which {divisor} {getattr(config, divisor)} does not divide",
+                f"use a multiple of {divisor}",
+            )
