@@ -516,6 +516,7 @@ class NemotronHPreTrainedModel(Distributed, PreTrainedModel):
                 model is quantised already; `quantized` is not known, or the model is not quantised by ModelOpt.
         """
         source = pretrained_model_name_or_path
+        published.check_source(source, kwargs)
         from . import modelopt_quantizer
 
         modelopt_quantizer.prepare(kwargs.pop("quantized", None), source, kwargs)

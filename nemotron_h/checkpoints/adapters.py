@@ -32,7 +32,8 @@ from torch import Tensor
 
 from ..configuration import NemotronHConfig
 from . import published
-from .tensors import Entry, Plan, SafetensorsFolder, Shape, Spec, read_json
+from .foreign import read_json
+from .tensors import Entry, Plan, SafetensorsFolder, Shape, Spec
 from .writing import Conversion, Done, convert, copy_companions, whole, write_safetensors
 
 PREFIXES = ("model", "backbone")

@@ -74,7 +74,7 @@ def read_recording(path: str | Path) -> Recording:
         if Path(path).suffix == ".npz":
             import numpy
 
-            with numpy.load(path) as arrays:
+            with numpy.load(path, allow_pickle=False) as arrays:
                 tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         else:
             from safetensors.torch import load_file

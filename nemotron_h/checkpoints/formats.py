@@ -17,6 +17,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+from .foreign import check_folder, sound
 from .writing import Conversion
 
 # In the order in which a source is tried.
@@ -49,9 +50,12 @@ def detect(path: str | Path) -> str:
     path = Path(path)
     if not path.exists():
         raise ValueError(f"There is no {path}; name a folder or file.")
-    for name in MODULES:
-        if _recognises(name, path):
-            return name
+    with sound(path):
+        if path.is_dir():
+            check_folder(path)
+        for name in MODULES:
+            if _recognises(name, path):
+                return name
     if (path / "config.json").exists():
         return HUGGINGFACE
     raise ValueError(f"{path} is in none of the formats {', '.join(NAMES)}; name the folder that has the weights.")
@@ -75,6 +79,6 @@ def conversion(path: str | Path, to: str, **options: Any) -> Conversion:
         raise ValueError(f"{source} -> {to} takes no {option}; leave it out.")
     if to in ("fp8", "nvfp4"):
         options["to"] = to
-    return direction(
-        Path(path), **{name: value for name, value in options.items() if name in taken and value is not None}
-    )
+    with sound(path):
+        given = {name: value for name, value in options.items() if name in taken and value is not None}
+        return direction(Path(path), **given)

@@ -40,6 +40,7 @@ import json
 import math
 import os
 import re
+import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,8 +51,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config_values import check_layers
 from ..configuration import NemotronHConfig
 from . import gguf_tokenizer, huggingface, published
+from .foreign import plain, shown
+from .gguf_header import check_header
 from .tensors import Entry, Plan, Shape, Spec, Tensors, narrowed
 from .writing import SHARD_BYTES, Conversion, Done, convert, tensor_bytes, whole, write_safetensors
 
@@ -574,6 +578,8 @@ class GGUFFile:
         if not match:
             return [self.path]
         parts = [self.path.with_name(f"{match[1]}-{i + 1:05d}-of-{match[2]}.gguf") for i in range(int(match[2]))]
+        for part in parts:
+            plain(part)
         if missing := [part.name for part in parts if not part.exists()]:
             raise ValueError(
                 f"{self.path} is one of {len(parts)} parts, and {missing[0]} is not there: fetch it again."
@@ -594,11 +600,12 @@ class GGUFFile:
                 super()._build_tensors(start_offs, fields)
 
         try:
+            check_header(file)
             reader = Reader(file)
         except _Cut as cut:
             raise ValueError(f"{file} is cut short, from the tensor {cut} on: fetch or write it again.") from None
-        except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} cannot be read ({error}): fetch or write it again.") from error
+        except (ValueError, IndexError, KeyError, OSError, struct.error, RecursionError, TypeError) as error:
+            raise ValueError(f"{file} cannot be read ({shown(str(error), 200)}): fetch or write it again.") from error
         if reader.byte_order != "I":
             raise ValueError(f"{file} has the byte order of another machine; convert it with gguf-convert-endian.")
         return reader
@@ -758,6 +765,7 @@ def _config(source: GGUFFile) -> NemotronHConfig:
         return values.pop()
 
     blocks, depths = get("block_count"), get("nextn_predict_layers", 0)
+    check_layers(f"{architecture}.block_count of {source.path}", blocks)
     layers = blocks - depths
     widths, heads = each("feed_forward_length", blocks)[:layers], each("attention.head_count_kv", blocks)[:layers]
     feed_forward = "E" if architecture == "nemotron_h_moe" else "-"

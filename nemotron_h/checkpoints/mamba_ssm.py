@@ -34,9 +34,12 @@ from typing import IO, Any, NoReturn
 import torch
 from torch import Tensor
 
+from ..config_values import check_layers
 from ..configuration import NemotronHConfig
 from . import published
-from .tensors import Entry, Plan, SafetensorsFolder, Shape, Spec, Tensors, read_json
+from .foreign import read_json, shown
+from .tensors import Entry, Plan, SafetensorsFolder, Shape, Spec, Tensors
+from .torch_files import check_archive
 from .writing import SHARD_BYTES, Conversion, Done, copy_companions, tensor_bytes, whole, write_safetensors
 
 OPTIONS = {"shard_bytes": "the largest size of a file of the Hugging Face folder, in bytes"}
@@ -86,10 +89,10 @@ _WITHOUT_EFFECT = {
 def recognises(path: str | Path) -> bool:
     """Whether it is a folder whose config.json is one of mamba-ssm's."""
     try:
-        fields = json.loads((Path(path) / "config.json").read_text())
+        fields = read_json(Path(path) / "config.json")
     except (OSError, ValueError):
         return False
-    return isinstance(fields, dict) and "d_model" in fields and "n_layer" in fields and "model_type" not in fields
+    return "d_model" in fields and "n_layer" in fields and "model_type" not in fields
 
 
 def to_huggingface(path: str | Path, shard_bytes: int = SHARD_BYTES) -> Conversion:
@@ -278,6 +281,7 @@ class MambaSsmFolder:
         if not fields.get("rms_norm", True):
             _refuse(path, "has rms_norm false, which is LayerNorm", "only models with RMSNorm can be converted")
         width, layers = fields["d_model"], fields["n_layer"]
+        check_layers(f"n_layer of {path}", layers)
         attention = fields.get("attn_layer_idx") or []
         if wrong := [index for index in attention if index not in range(layers)]:
             _refuse(path, f"has {wrong[0]} in attn_layer_idx but {layers} layers", "give layers from 0 on")
@@ -454,15 +458,18 @@ class TorchFile:
         self._open = self._load()
         self._read_bytes = 0
         for name, value in self._open.items():
-            if not isinstance(value, Tensor):
-                raise ValueError(f"{path} has {name!r}, which is no tensor; save the model's state_dict() alone.")
+            if not isinstance(value, Tensor) or not isinstance(name, str):
+                raise ValueError(f"{path} has {shown(name)}, which is no tensor; save the model's state_dict() alone.")
         self.specs = {name: Spec(tuple(value.shape), value.dtype) for name, value in self._open.items()}
 
     def _load(self) -> dict[str, Tensor]:
         try:
+            check_archive(self.path)
             loaded = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # torch has no error of its own for a broken file
             lost = _first_cut(self.path)
+            if isinstance(error, ValueError) and not lost:
+                raise
             lost = f", from the tensor {lost} on" if lost else ""
             reason = re.split(r"\n|\. | \(", str(error))[0].removesuffix(".")
             raise ValueError(f"{self.path} cannot be read{lost} ({reason}): fetch or write it again.") from error
@@ -477,7 +484,7 @@ class TorchFile:
         return self._open[name]
 
 
-class _Listing(pickle.Unpickler):
+class _Listing(pickle._Unpickler):  # C's would believe sizes that are larger than the file
     """Reads what is stored under which name without making, or calling, anything."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -492,6 +499,8 @@ def _first_cut(path: Path) -> str | None:
 
     The zip file's list of records is at its end, and gone with it.
     """
+    if not path.is_file():
+        return None
     size = path.stat().st_size
     with open(path, "rb") as file:
         header = file.read(30)

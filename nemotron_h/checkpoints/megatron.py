@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import pickle
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -34,12 +34,12 @@ import torch
 from torch import Tensor
 
 from ..configuration import NemotronHConfig
+from .foreign import inside, plain, read_json, shown, sound
 from .megatron_names import (
     ITERATION,
     VOCAB_DIVISIBLE_BY,
     Described,
     Spelling,
-    Unpickler,
     Weight,
     check_writable,
     common_spec,
@@ -48,7 +48,6 @@ from .megatron_names import (
     is_state,
     iteration_folders,
     leave_out,
-    load,
     padded_vocab,
     start,
     to_megatron_args,
@@ -57,6 +56,7 @@ from .megatron_names import (
 )
 from .published import PublishedFolder, tensors
 from .tensors import Entry, Plan, Shape, Spec
+from .torch_files import Unpickler, load
 from .writing import SHARD_BYTES, Conversion, Done, copy_companions, into_shards, whole, write_safetensors
 
 OPTIONS = {
@@ -116,15 +116,17 @@ class DistFolder:
             raise ValueError(f"{path} has no {_METADATA} of a distributed checkpoint; name the folder that has it.")
         self.folder = folder
         if (folder / "metadata.json").exists():
-            backend = json.loads((folder / "metadata.json").read_text()).get("sharded_backend")
+            backend = read_json(folder / "metadata.json").get("sharded_backend")
             if backend not in ("torch_dist", None):
                 raise ValueError(f"{folder} was written with {backend!r}; write it as torch_dist with Megatron first.")
         common = folder / "common.pt"
-        self.args = load(common).get("args") if common.exists() else None
+        contents = load(common) if common.exists() else None
+        self.args = contents.get("args") if isinstance(contents, dict) else None
         self._chunks: dict[str, list[_Chunk]] = {}
         self._where: dict[str, tuple[str, int | None]] = {}
         self.specs: dict[str, Spec] = {}
-        self._read_index()
+        with sound(folder / _METADATA):
+            self._read_index()
         files = {chunk.file for chunks in self._chunks.values() for chunk in chunks}
         self.files = [folder / _METADATA, *([common] if common.exists() else []), *sorted(files)]
 
@@ -132,11 +134,12 @@ class DistFolder:
         from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
         try:
-            with open(self.folder / _METADATA, "rb") as file:
-                metadata = Unpickler(file).load()
+            with open(plain(self.folder / _METADATA), "rb") as opened:
+                metadata = Unpickler(opened).load()
             entries, storage = metadata.state_dict_metadata, metadata.storage_data
-        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
-            raise ValueError(f"{self.folder / _METADATA} cannot be read ({error}): fetch or write it again.") from error
+        except Exception as error:  # of a damaged pickle anything comes
+            what = shown(str(error))
+            raise ValueError(f"{self.folder / _METADATA} cannot be read ({what}): fetch or write it again.") from error
         sizes: dict[str, int] = {}
         for stored, entry in entries.items():
             if not isinstance(entry, TensorStorageMetadata):
@@ -150,20 +153,40 @@ class DistFolder:
                 if getattr(info, "transform_descriptors", None):
                     how = ", ".join(info.transform_descriptors)
                     raise ValueError(f"{self.folder} has {name} packed ({how}); write it without that.")
-                file = self.folder / info.relative_path
                 if info.relative_path not in sizes:
+                    file = inside(self.folder, info.relative_path, self.folder / _METADATA)
                     sizes[info.relative_path] = file.stat().st_size if file.exists() else -1
+                file = self.folder / info.relative_path
                 if (size := sizes[info.relative_path]) < info.offset + info.length:
                     what = "is not there" if size < 0 else "is cut short"
                     raise ValueError(f"{file}, which has the tensor {name}, {what}: fetch or write it again.")
                 where = tuple(chunk.offsets), tuple(chunk.sizes)
                 chunks.append(_Chunk(*where, file, info.offset, info.length))
-            if sum(torch.Size(chunk.shape).numel() for chunk in chunks) != entry.size.numel():
-                raise ValueError(f"{self.folder} has only a part of the tensor {name}: fetch or write it again.")
-            self._name(name, Spec(tuple(entry.size), entry.properties.dtype))
+            spec = Spec(tuple(entry.size), entry.properties.dtype)
+            self._check_chunks(name, spec, chunks)
+            self._name(name, spec)
+
+    def _check_chunks(self, name: str, spec: Spec, chunks: list[_Chunk]) -> None:
+        """Raises `ValueError` where a tensor is not there in full, or is larger than the bytes that hold it."""
+        for chunk in chunks:
+            numbers = (*chunk.offsets, *chunk.shape, chunk.start, chunk.length)
+            fits = all(o + n <= m for o, n, m in zip(chunk.offsets, chunk.shape, spec.shape, strict=True))
+            room = math.prod(chunk.shape) * spec.dtype.itemsize <= chunk.length
+            if not fits or not room or any(type(number) is not int or number < 0 for number in numbers):
+                raise ValueError(
+                    f"{self.folder / _METADATA} has a part of the tensor {name} with shape {shown(chunk.shape)} in "
+                    f"{chunk.length} bytes of {chunk.file.name}, which cannot be: fetch or write it again."
+                )
+        whole = sum(math.prod(chunk.shape) for chunk in chunks) == math.prod(spec.shape)
+        if not whole or len({chunk.offsets for chunk in chunks}) < len(chunks):
+            raise ValueError(f"{self.folder} has only a part of the tensor {name}: fetch or write it again.")
 
     def _name(self, name: str, spec: Spec) -> None:
-        if re.search(r"\.experts\.experts\.linear_fc\d\.weight$", name) and spec.shape and not _left_behind(name):
+        if (
+            re.search(r"\.experts\.experts\.linear_fc\d\.weight$", name)
+            and math.prod(spec.shape)
+            and not _left_behind(name)
+        ):
             for expert in range(spec.shape[0]):
                 self._where[f"{name}[{expert}]"] = (name, expert)
                 self.specs[f"{name}[{expert}]"] = Spec(spec.shape[1:], spec.dtype)
@@ -197,11 +220,17 @@ class DistFolder:
             with open(chunk.file, "rb") as file:
                 view = cast(IO[bytes], _View(file, chunk.start, chunk.length))
                 part: Tensor = torch.load(view, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                part = part.reshape(chunk.shape)
+        except Exception as error:  # torch has no error of its own for a broken file
             raise ValueError(
                 f"{chunk.file} cannot be read where the tensor {name} is: fetch or write it again."
             ) from error
-        return part.reshape(chunk.shape)
+        if part.dtype != self.specs[name].dtype:
+            raise ValueError(
+                f"{chunk.file} has {part.dtype} where the tensor {name} is {self.specs[name].dtype}: fetch or write it "
+                "again."
+            )
+        return part
 
 
 def _left_behind(name: str) -> bool:

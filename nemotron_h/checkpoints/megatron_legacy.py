@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from ..configuration import NemotronHConfig
+from .foreign import shown
 from .megatron_names import (
     EXPERT_NAMES,
     ITERATION,
@@ -49,7 +50,6 @@ from .megatron_names import (
     iteration_folders,
     join,
     leave_out,
-    load,
     padded_vocab,
     rank_shape,
     start,
@@ -59,6 +59,7 @@ from .megatron_names import (
 )
 from .published import PublishedFolder, tensors
 from .tensors import Entry, Plan, Shape, Spec
+from .torch_files import load
 from .writing import SHARD_BYTES, Conversion, Done, copy_companions, whole, write_safetensors
 
 OPTIONS = {
@@ -179,6 +180,11 @@ def to_huggingface(
     beside = [path, source.folder, source.folder.parent]
     described = describe(path, beside, source.args, config, vocab_size)
     parts = getattr(source.args, "expert_tensor_parallel_size", None) or source.ranks
+    if parts not in (1, source.ranks):
+        raise ValueError(
+            f"{path} was written with expert_tensor_parallel_size {shown(parts)} on {source.ranks} ranks, and 1 or "
+            "all of them are read; let Megatron write it as torch_dist."
+        )
     embeddings = source.specs.get("mp_rank_00/embedding.word_embeddings.weight")
     rows = embeddings.shape[0] * source.ranks if embeddings and embeddings.shape else 0
     entries = _published_entries(source, described.config, max(rows, described.config.vocab_size), parts)

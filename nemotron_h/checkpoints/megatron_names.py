@@ -30,8 +30,6 @@ o is an MTP depth and L the number of its layers. A norm that is not fused with 
 
 from __future__ import annotations
 
-import io
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +38,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config_values import check_layers
 from ..configuration import NemotronHConfig
-from .tensors import Plan, Shape, Spec, Tensors, read_json
+from .foreign import below, read_json
+from .tensors import Plan, Shape, Spec, Tensors
 
 TRACKER = "latest_checkpointed_iteration.txt"
 ITERATION = 1
@@ -446,8 +446,9 @@ def from_megatron_args(args: Any, vocab_size: int | None = None) -> NemotronHCon
     if fields.get("moe_intermediate_size") is None and "intermediate_size" in fields:
         fields["moe_intermediate_size"] = fields["intermediate_size"]
     main, *depths = pattern.split("/")
-    if not depths and (depth := get("mtp_hybrid_override_pattern")) and get("mtp_num_layers"):
-        depths = [depth] * get("mtp_num_layers")
+    if not depths and (depth := get("mtp_hybrid_override_pattern")) and (number := get("mtp_num_layers")):
+        check_layers("mtp_num_layers", number)
+        depths = [depth] * number
     if depths and get("mtp_use_repeated_layer"):
         depths = depths[:1]  # one depth's weights, used again for each
     dtype = get("params_dtype")
@@ -543,8 +544,9 @@ def iteration_folders(path: Path) -> list[Path]:
     """Where a checkpoint's files may lie, the likeliest first: `path` itself, NeMo's `weights`, the last iteration."""
     folders = [path, path / "weights"]
     if (path / TRACKER).is_file():
-        last = (path / TRACKER).read_text().strip()
-        folders.append(path / (f"iter_{int(last):07d}" if last.isdecimal() else last))
+        last = (path / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+        name = f"iter_{int(last):07d}" if last.isdecimal() and len(last) < 20 else last
+        folders.append(below(path, name, path / TRACKER))
     else:
         folders += sorted(path.glob("iter_*"), reverse=True)[:1]
     return [folder for folder in folders if folder.is_dir()]
@@ -556,126 +558,6 @@ def start(folder: Path) -> Path:
     inner = folder / f"iter_{ITERATION:07d}"
     inner.mkdir(exist_ok=True)
     return inner
-
-
-class _Unknown:
-    """Stands for whatever object of Megatron's own classes a file holds; nothing of it is run."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Unknown:
-        return object.__new__(cls)
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def append(self, item: Any) -> None:
-        pass
-
-    def extend(self, items: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def __hash__(self) -> int:
-        return id(self)
-
-
-_KNOWN = (
-    {
-        ("builtins", name)
-        for name in "bool int float complex str bytes bytearray list tuple dict set frozenset object".split()
-    }
-    | {
-        ("argparse", "Namespace"),
-        ("collections", "OrderedDict"),
-        ("collections", "defaultdict"),
-        ("copyreg", "_reconstructor"),
-        ("_codecs", "encode"),
-        ("pathlib", "PosixPath"),
-        ("pathlib", "PurePosixPath"),
-        ("torch", "Size"),
-        ("torch", "device"),
-        ("torch._utils", "_rebuild_tensor"),
-        ("torch._utils", "_rebuild_tensor_v2"),
-        ("torch._utils", "_rebuild_parameter"),
-        ("torch.serialization", "_get_layout"),
-        ("torch.storage", "UntypedStorage"),
-        ("torch.storage", "TypedStorage"),
-        ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"),
-        ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"),
-    }
-    | {
-        ("torch.distributed.checkpoint." + module, name)
-        for module, names in {
-            "metadata": "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata "
-            "TensorProperties StorageMeta _MEM_FORMAT_ENCODING",
-            "filesystem": "_StorageInfo",
-        }.items()
-        for name in names.split()
-    }
-)
-
-
-class Unpickler(pickle.Unpickler):
-    """Reads what Megatron pickles without Megatron, and without running anything that a file names.
-
-    `torch.load(weights_only=True)` refuses a whole file for one enum of Megatron's among its arguments.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _KNOWN or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            return super().find_class(module, name)
-        if module == "torch" and name.endswith("Storage"):
-            return super().find_class(module, name)
-        return type(name, (_Unknown,), {"__module__": module})
-
-
-class PickleModule:
-    """What `torch.load` takes for `pickle_module`."""
-
-    Unpickler = Unpickler
-
-    @staticmethod
-    def load(file: io.BufferedIOBase, **kwargs: Any) -> Any:
-        return Unpickler(file, **kwargs).load()
-
-
-def load(path: Path, mmap: bool = False) -> Any:
-    """A file that `torch.save` wrote, its tensors mapped rather than read where `mmap` is set.
-
-    Raises `ValueError` where it cannot be read.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=PickleModule, mmap=mmap)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        names = names_of_cut(path)
-        lost = f", and with it {names[0]} and {len(names) - 1} other tensors" if names else ""
-        raise ValueError(f"{path} cannot be read{lost}: fetch or write it again.") from error
-
-
-class _NamesAlone(Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module in ("argparse", "collections"):
-            return super().find_class(module, name)
-        return type(name, (_Unknown,), {"__module__": module})
-
-    def persistent_load(self, pid: Any) -> None:
-        return None
-
-
-def names_of_cut(path: Path) -> list[str]:
-    """The tensors of "model" in a file of `torch.save` that is cut short: its pickle comes first."""
-    try:
-        with open(path, "rb") as file:
-            header = file.read(30)
-            file.seek(30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"))
-            model = _NamesAlone(file).load()["model"]
-            return [name for name, value in model.items() if isinstance(value, _Unknown)]
-    except Exception:  # whatever a damaged file makes of the pickle: there is just no name to tell
-        return []
 
 
 def leave_out(plan: Plan, reasons: Mapping[str, Callable[[str], bool]]) -> None:

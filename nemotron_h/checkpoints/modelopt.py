@@ -39,8 +39,9 @@ from ..configuration import NemotronHConfig
 from ..ops import low_precision
 from ..ops.low_precision import FP8, GROUP, NVFP4
 from . import published
+from .foreign import read_json
 from .published import PublishedFolder
-from .tensors import Entry, Plan, Shape, Spec, read_json
+from .tensors import Entry, Plan, Shape, Spec
 from .writing import SHARD_BYTES, Conversion, Done, copy_companions, whole, write_safetensors
 
 SIDECAR = "hf_quant_config.json"
@@ -156,14 +157,15 @@ def _match(patterns: Iterable[str], name: str) -> bool:
 def stored_recipe(folder: Path) -> dict[str, Any] | None:
     """What a folder says of its quantisation by ModelOpt: config.json's word, or else hf_quant_config.json's."""
     stored = _json(folder / "config.json").get("quantization_config")
-    if stored is not None:
+    if isinstance(stored, dict):
         return stored if str(stored.get("quant_method", "")).startswith(QUANT_METHOD) else None
     return sidecar(_json(folder / SIDECAR))
 
 
 def sidecar(fields: Mapping[str, Any]) -> dict[str, Any] | None:
     """hf_quant_config.json as a `quantization_config`; None where it is no such file."""
-    if not (fields.get("quantization") or {}).get("quant_algo"):
+    inner = fields.get("quantization")
+    if not isinstance(inner, dict) or not inner.get("quant_algo"):
         return None
     return {**fields, "quant_method": QUANT_METHOD}
 

@@ -9,6 +9,7 @@ adapters and tools interchange; the table below is applied on loading and, rever
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,8 +20,11 @@ from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
 
+from .. import sizes
 from ..configuration import NemotronHConfig
-from .tensors import SafetensorsFolder, Shape, Spec, read_json
+from .foreign import check_folder, read_json
+from .tensors import SafetensorsFolder, Shape, Spec
+from .torch_files import check_archive
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +166,7 @@ class PublishedFolder:
             raise ValueError(f"{self.path} is a {kind!r} model; this package knows nemotron_h alone.")
         self.config: NemotronHConfig = NemotronHConfig.from_dict(fields)
         self._folder = SafetensorsFolder(self.path)
+        _check_room(self.path, self.config, self._folder.files)
         self.files = [self.path / "config.json", *self._folder.files]
         self._where: dict[str, tuple[str, int | None]] = {}
         self.specs: dict[str, Spec] = {}
@@ -170,7 +175,7 @@ class PublishedFolder:
             published = _RENAMED.get(published, published)
             parts: dict[str, tuple[Spec, int | None]] = {published: (spec, None)}
             match = _STACKED.fullmatch(published)
-            if match and len(spec.shape) == 3:
+            if match and len(spec.shape) == 3 and spec.nbytes:
                 part = Spec(spec.shape[1:], spec.dtype)
                 parts = {f"{match[1]}.{expert}.{match[2]}.weight": (part, expert) for expert in range(spec.shape[0])}
             for part_name, (part_spec, expert) in parts.items():
@@ -209,6 +214,42 @@ class PublishedFolder:
         """What the folder's files call a tensor; `name[3]` is an expert's part of a stacked one."""
         stored, index = self._where.get(name, (name, None))
         return stored if index is None else f"{stored}[{index}]"
+
+
+def check_source(source: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuse a folder, given with these arguments to `from_pretrained`, before `transformers` opens it: that follows an
+    index anywhere, waits for a pipe, and makes room for all that a config asks for.
+
+    Raises:
+        ValueError: see `check_folder` and `check_archive`; or the config asks for more than the files can hold.
+    """
+    folder = Path(source, arguments.get("subfolder") or "") if isinstance(source, str | os.PathLike) else None
+    if folder is None or not (folder / "config.json").exists():
+        return
+    check_folder(folder)
+    files = list(folder.glob("*.safetensors"))
+    if not files:
+        files = sorted(folder.glob("pytorch_model*.bin"))
+        for file in files:
+            check_archive(file)
+    config = arguments.get("config")
+    if not isinstance(config, NemotronHConfig):
+        config = NemotronHConfig.from_dict(read_json(folder / "config.json"))
+    if files and not arguments.get("ignore_mismatched_sizes"):
+        _check_room(folder, config, files)
+
+
+_SMALL = 1 << 24  # so many parameters are no matter; which of them are missing is said in detail
+
+
+def _check_room(folder: Path, config: NemotronHConfig, files: Iterable[Path]) -> None:
+    """Raises `ValueError` where a config asks for more than its files can hold: a bit for a parameter is the least."""
+    parameters, size = sizes.count_parameters(config).total, sum(file.stat().st_size for file in files)
+    if parameters > 8 * size + _SMALL:
+        raise ValueError(
+            f"{folder / 'config.json'} asks for {parameters} parameters, and the files beside it have {size} bytes: "
+            "correct config.json, or fetch the checkpoint again."
+        )
 
 
 def unreadable_file(folder: str | Path) -> tuple[str, str] | None:

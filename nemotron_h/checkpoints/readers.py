@@ -31,7 +31,8 @@ from typing import Any
 
 from ..configuration import NemotronHConfig, parse_layers
 from . import published
-from .tensors import SafetensorsFolder, Shape, Spec, read_json
+from .foreign import read_json, sound
+from .tensors import SafetensorsFolder, Shape, Spec
 
 _STACKED = re.compile(r"(backbone|model|mtp)\.layers\.\d+\.mixer\.experts\.(up_proj|down_proj)")
 _LETTERS = frozenset("M*-E")
@@ -399,7 +400,7 @@ def _tensor_set(folder: Folder) -> Iterator[Finding]:
     for name, spec in folder.stored.items():
         name = "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
         name = "backbone.embeddings.weight" if name == "backbone.embedding.weight" else name
-        if _STACKED.fullmatch(name) and len(spec.shape) == 3:
+        if _STACKED.fullmatch(name) and len(spec.shape) == 3 and spec.nbytes:
             prefix, _, leaf = name.rpartition(".")
             stored |= {f"{prefix}.{expert}.{leaf}.weight": spec.shape[1:] for expert in range(spec.shape[0])}
         else:
@@ -503,8 +504,14 @@ def examine(path: str | Path) -> list[Verdict]:
     Raises:
         ValueError: it is no folder of this family.
     """
-    folder = Folder(path)
-    verdicts = [Verdict(ITSELF, tuple(_itself(folder))), *(reader.verdict(folder) for reader in READERS)]
+    with sound(path):
+        folder = Folder(path)
+        try:
+            verdicts = [Verdict(ITSELF, tuple(_itself(folder))), *(reader.verdict(folder) for reader in READERS)]
+        except (TypeError, AttributeError) as error:  # of values of another kind than every reader takes them for
+            if folder.config_error:
+                raise ValueError(f"{folder.path / 'config.json'}: {folder.config_error}") from error
+            raise
 
     def named(finding: Finding) -> Finding:
         return replace(finding, remedy=finding.remedy.replace("FOLDER", str(path)))

@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .foreign import plain, weight_map
+
 Shape = tuple[int, ...]
 
 DTYPES = {
@@ -67,17 +69,6 @@ class Tensors(Protocol):
         """A tensor, which the caller must not write into; no other stays in memory for it."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file with names and values. Raises `ValueError` where it is none."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): fetch or write it again.") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} has no names and values: fetch or write it again.")
-    return fields
-
-
 class SafetensorsFolder:
     """The `*.safetensors` of a folder.
 
@@ -95,7 +86,7 @@ class SafetensorsFolder:
         self.files = self._files()
         for file in self.files:
             try:
-                with safe_open(file, framework="pt") as opened:
+                with safe_open(plain(file), framework="pt") as opened:
                     for name in opened.keys():
                         part = opened.get_slice(name)
                         dtype = DTYPES.get(part.get_dtype())
@@ -119,11 +110,9 @@ class SafetensorsFolder:
         files = sorted(self.path.glob("*.safetensors"))
         index = self.path / "model.safetensors.index.json"
         if index.exists():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise ValueError(f"{index} has no weight_map: fetch or write it again.")
-            files = [self.path / file for file in sorted(set(weight_map.values()))]
-            for name, file in weight_map.items():
+            found = weight_map(index)
+            files = [self.path / file for file in sorted(set(found.values()))]
+            for name, file in found.items():
                 if not (self.path / file).exists():
                     raise ValueError(f"{self.path} lacks {file}, which has the tensor {name}: fetch or write it again.")
             single = self.path / "model.safetensors"
@@ -151,13 +140,13 @@ def _first_cut(file: Path) -> str | None:
     try:
         with open(file, "rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length))
-        room = file.stat().st_size - 8 - length
-    except (OSError, ValueError, MemoryError, OverflowError):
+            size = file.stat().st_size
+            header = json.loads(opened.read(min(length, size)))
+        header.pop("__metadata__", None)
+        ends = [(entry["data_offsets"], name) for name, entry in header.items()]
+        return min(((end, name) for end, name in ends if end[1] > size - 8 - length), default=(None, None))[1]
+    except Exception:  # whatever a damaged header makes of it: there is just no name to tell
         return None
-    header.pop("__metadata__", None)
-    cut = [(entry["data_offsets"], name) for name, entry in header.items() if entry["data_offsets"][1] > room]
-    return min(cut)[1] if cut else None
 
 
 @dataclass(frozen=True)

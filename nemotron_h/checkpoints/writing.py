@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -64,7 +65,7 @@ def check_free(dest: Path) -> None:
     """Raises `ValueError` where something would be written over."""
     if dest.name in ("", ".."):
         raise ValueError(f"{dest} is a folder that is there; name one in it that is not.")
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+    if os.path.lexists(dest) and (dest.is_symlink() or not dest.is_dir() or any(dest.iterdir())):
         raise ValueError(f"{dest} is there already; name another destination, or remove it.")
 
 
@@ -74,7 +75,8 @@ def convert(conversion: Conversion, dest: str | Path, done: Done = lambda nbytes
     An interrupted run leaves `.<name of dest>.partial` beside it; the same conversion goes on from there.
 
     Raises:
-        ValueError: `dest` is there, or the source is not what its config says (see `Plan.check`).
+        ValueError: `dest` is there, or what lies where it begins is no conversion's, or the source is not what its
+            config says (see `Plan.check`).
         OSError: it cannot be written; what was written so far stays for the next run.
     """
     dest = Path(dest)
@@ -93,10 +95,29 @@ def partial(dest: Path) -> Path:
     return dest.with_name(f".{dest.name}.partial")
 
 
+def check_partial(folder: Path) -> None:
+    """Raises `ValueError` where a folder is there that is not what a conversion began: it would be emptied, or written
+    into through a link. No conversion makes a link."""
+    if not os.path.lexists(folder):
+        return
+    remedy = "which no conversion made: take it away, or name another destination"
+    if folder.is_symlink() or not folder.is_dir():
+        raise ValueError(f"{folder} is {'a link' if folder.is_symlink() else 'no folder'}, {remedy}.")
+    there = list(folder.rglob("*"))
+    if links := [each for each in there if each.is_symlink()]:
+        raise ValueError(f"{folder} has the link {links[0].relative_to(folder)}, {remedy}.")
+    mark = folder / _MARK
+    said = mark.read_bytes() if mark.is_file() else b""
+    begun = there in ([], [mark]) and not said  # stopped before there was anything in it
+    if not begun and not re.fullmatch(rb"[0-9a-f]{64}", said):
+        raise ValueError(f"{folder} is a folder {remedy}.")
+
+
 @contextmanager
 def _staged(dest: Path, fingerprint: str, file: str | None) -> Iterator[Path]:
     dest.parent.mkdir(parents=True, exist_ok=True)
     folder = partial(dest)
+    check_partial(folder)
     folder.mkdir(exist_ok=True)
     with open(folder / _MARK, "a+") as mark:
         try:
@@ -124,9 +145,10 @@ def _staged(dest: Path, fingerprint: str, file: str | None) -> Iterator[Path]:
             if cause is not error:
                 raise cause from None
             raise
+        check_free(dest)  # it may be somebody's by now
         if file is None:
             if dest.exists():
-                dest.rmdir()  # empty, or somebody's by now
+                dest.rmdir()
             (folder / _MARK).unlink()
             folder.rename(dest)
         else:
@@ -187,6 +209,8 @@ def whole(path: Path) -> Iterator[Path]:
         OSError: it cannot be written; where the disk is full, that sentence.
     """
     temporary = path.with_name(f".{path.name}.writing")
+    if temporary.is_symlink() or not (temporary.is_file() or not temporary.exists()):
+        raise ValueError(f"{temporary} is in the way of {path}, and is no file that was begun here: take it away.")
     try:
         with said_if_full(path):
             yield temporary

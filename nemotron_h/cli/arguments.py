@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -44,7 +45,13 @@ def find_model(name: str | None) -> tuple[str, bool]:
         from ..bundled import WORD_PROBLEMS
 
         return WORD_PROBLEMS, True
+    from ..checkpoints.foreign import check_folder, read_json
+
     path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        check_folder(Path(path))
+    elif path.endswith(".json") and os.path.exists(path):
+        read_json(Path(path))
     if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
         raise ValueError(f"The folder {path} has no config.json; name the folder of a model.")
     if os.path.exists(path):
@@ -56,9 +63,12 @@ def find_model(name: str | None) -> tuple[str, bool]:
 
 @contextmanager
 def hub_named(name: str, local: bool) -> Iterator[None]:
-    """What the hub refuses is said with the name that was asked for."""
+    """What the hub refuses is said with the name that was asked for, and so is what a damaged file leads to."""
+    from ..checkpoints.foreign import sound
+
     try:
-        yield
+        with sound(name):
+            yield
     except OSError as error:
         if local:
             raise

@@ -82,6 +82,7 @@ def run(
 
     if not dry_run:
         writing.check_free(dest)
+        writing.check_partial(writing.partial(dest))
     conversion = formats.conversion(
         source,
         to,

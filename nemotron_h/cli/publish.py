@@ -46,8 +46,11 @@ def run(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
+    from ..checkpoints.foreign import check_folder
     from ..publishing import hub_id, publish
 
+    if source.is_dir():
+        check_folder(source)
     adapter = (source / "adapter_config.json").is_file()
     if not adapter and not (source / "config.json").is_file():
         raise ValueError(f"{source} has no config.json and no adapter_config.json; name what save_pretrained wrote.")
@@ -155,7 +158,9 @@ def _load(source: Path, base: str | None, merge: bool, local: bool) -> Any:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))
+    from ..checkpoints.foreign import read_json
+
+    return read_json(file)
 
 
 def _labels(source: Path) -> int | None:

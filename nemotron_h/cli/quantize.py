@@ -43,8 +43,9 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     path, local = find_model(source)
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise ValueError(f"{dest} is there already; name another folder, or remove it.")
+    from ..checkpoints.writing import check_free
+
+    check_free(dest)
     from ..quantization import BITS, NemotronHQuantizationConfig, weight_bytes
 
     if to not in BITS:
@@ -69,15 +70,19 @@ def run(
 
 
 def _read_config(path: str, local: bool) -> NemotronHConfig:
+    from ..checkpoints.published import check_source
     from ..configuration import NemotronHConfig
 
     fields, _ = NemotronHConfig.get_config_dict(path, local_files_only=local)
     if (kind := fields.get("model_type")) != "nemotron_h":
         raise ValueError(f"{path} is a {kind!r} model; `nemotron-h quantize` knows nemotron_h alone.")
+    config: NemotronHConfig = NemotronHConfig.from_dict(fields)
     if stored := fields.get("quantization_config"):
         method = stored.get("quant_method")
         raise ValueError(f"{path} is quantised already ({method}); name the checkpoint that it was made from.")
-    return NemotronHConfig.from_dict(fields)
+    if local:
+        check_source(path, {"config": config})
+    return config
 
 
 def _write(path: str, local: bool, dest: Path, wanted: NemotronHQuantizationConfig, vocab_size: int) -> Tensor | None:

@@ -47,6 +47,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     from ..checkpoints import compare
+    from ..checkpoints.foreign import sound
     from ..generation.chat import check_text
 
     check_dtype(dtype)
@@ -69,10 +70,12 @@ def run(
         if ids is not None and text is not None:
             raise ValueError("A recording has its own tokens; leave --text out.")
         if ids is None:
-            ids = _tokens(list(sources.values()), tokens, text, reference)
+            with sound(reference):
+                ids = _tokens(list(sources.values()), tokens, text, reference)
         recordings: dict[str, Recording] = {}
         for name, path in sources.items():
-            recordings[name] = recorded.get(name) or compare.record(path, ids, dtype)
+            with sound(reference if name == "A" else other):
+                recordings[name] = recorded.get(name) or compare.record(path, ids, dtype)
             recordings[name].source = str(reference if name == "A" else other)
             if name == "A" and record is not None:
                 recordings[name].save(record)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -348,3 +349,87 @@ def test_companions(tmp_path):
     for name in [*belong, "config.json", "model.safetensors", "notes.txt"]:
         (tmp_path / name).write_text(name)
     assert sorted(path.name for path in writing.companions(tmp_path)) == sorted(belong)
+
+
+def somebodys(folder):
+    """A folder of somebody's, and what must still be in it."""
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "photo").write_text("mine")
+    (folder / "letter").write_text("mine")
+    return lambda: (folder / "deep" / "photo").read_text() == (folder / "letter").read_text() == "mine"
+
+
+def test_a_folder_in_the_place_of_its_beginnings_that_no_conversion_made_is_left_alone(source, tmp_path):
+    partial = tmp_path / ".dest.partial"
+    for mark in (None, "", "my notes", "0" * 63, "A" * 64, "0" * 64 + "\n"):
+        shutil.rmtree(partial, ignore_errors=True)
+        untouched = somebodys(partial)
+        if mark is not None:
+            (partial / ".conversion").write_text(mark)
+        with pytest.raises(ValueError, match=r"\.dest\.partial is a folder which no conversion made: take it away"):
+            convert(conversion(source), tmp_path / "dest")
+        assert untouched() and not (tmp_path / "dest").exists()
+        assert mark is None or (partial / ".conversion").read_text() == mark
+    shutil.rmtree(partial)
+    partial.mkdir()  # stopped before there was a mark
+    convert(conversion(source), tmp_path / "dest")
+    check(tmp_path / "dest")
+
+
+@pytest.mark.parametrize("to", ["a folder", "a conversion", "nothing", "a file"])
+def test_a_link_in_the_place_of_its_beginnings_is_left_alone(to, source, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    untouched = somebodys(elsewhere) if "f" in to else lambda: True
+    if to == "a conversion":
+        elsewhere.mkdir()
+        (elsewhere / ".conversion").write_text("0" * 64)
+        (elsewhere / "stale").write_text("of another run")
+    partial = tmp_path / ".dest.partial"
+    partial.symlink_to(elsewhere / "letter" if to == "a file" else elsewhere)
+    before = sorted(path.name for path in elsewhere.rglob("*"))
+    with pytest.raises(ValueError, match=r"\.dest\.partial is a link, which no conversion made"):
+        convert(conversion(source), tmp_path / "dest")
+    assert untouched() and partial.is_symlink() and not os.path.lexists(tmp_path / "dest")
+    assert sorted(path.name for path in elsewhere.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["photos", ".model-00001-of-00006.safetensors.writing", ".conversion"])
+def test_a_link_among_its_beginnings_is_not_followed(name, source, tmp_path):
+    wrong = conversion(source)
+    with pytest.raises(KeyboardInterrupt):
+        convert(wrong, tmp_path / "dest", lambda nbytes: (_ for _ in ()).throw(KeyboardInterrupt))
+    partial, untouched = tmp_path / ".dest.partial", somebodys(tmp_path / "elsewhere")
+    (partial / name).unlink(missing_ok=True)
+    (partial / name).symlink_to(tmp_path / "elsewhere" / ("letter" if name != "photos" else ""))
+    for options in ((), ("other",)):
+        with pytest.raises(ValueError, match="which no conversion made"):
+            convert(conversion(source, options=options), tmp_path / "dest")
+    assert untouched()
+
+
+def test_a_link_that_leads_nowhere_is_there(source, tmp_path):
+    for target in ("gone", "empty"):
+        dest = tmp_path / f"to {target}"
+        if target == "empty":
+            (tmp_path / target).mkdir()
+        dest.symlink_to(tmp_path / target)
+        with pytest.raises(ValueError, match="is there already"):
+            convert(conversion(source), dest)
+        assert dest.is_symlink() and not list(tmp_path.glob(".*partial"))
+
+
+def test_what_came_to_the_destination_meanwhile_is_left_there(source, tmp_path):
+    def meanwhile(nbytes):
+        (tmp_path / "dest").write_text("mine")
+
+    with pytest.raises(ValueError, match="is there already"):
+        convert(conversion(source), tmp_path / "dest", meanwhile)
+    assert (tmp_path / "dest").read_text() == "mine"
+
+
+def test_a_temporary_name_that_is_a_link_is_not_written_through(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / ".file.writing").symlink_to(tmp_path / "precious")
+    with pytest.raises(ValueError, match="in the way"), writing.whole(tmp_path / "file") as temporary:
+        temporary.write_text("lost")
+    assert (tmp_path / "precious").read_text() == "mine" and (tmp_path / ".file.writing").is_symlink()
