@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -51,7 +52,7 @@ def shorten(value: object, limit: int = 140) -> str:
 
 def check_positive(name: str, value: Any, what: str = "integer", types: tuple[type, ...] = (int,)) -> None:
     usable = isinstance(value, types) and not isinstance(value, bool)
-    if not usable or not 0 < value < math.inf:
+    if not usable or not 0 < value <= sys.float_info.max:
         fail(f"{name} is {shorten(value)}", f"give a positive {what}")
     if what == "integer" and value > LARGEST_SIZE:
         fail(f"{name} is {shorten(value)}, larger than in any model", f"give a positive integer up to {LARGEST_SIZE}")

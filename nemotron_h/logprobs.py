@@ -27,6 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .checkpoints.foreign import plain
+
 FORMAT = "nemotron-h logprobs"
 _LEAST = -9999.0
 """What servers write for minus infinity, which JSON has not."""
@@ -203,8 +205,8 @@ def read(path: str | Path) -> Dump:
         ValueError: the file is no JSON, or has none of them.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(plain(Path(path)).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({error}); name a file that has one JSON value.") from error
     try:
         dump = _parse(content)

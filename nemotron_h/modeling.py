@@ -1073,6 +1073,8 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             )
             if generation_config.is_assistant:  # what it drafts may have to be taken back
                 model_kwargs[CACHE_NAME].activate_past_recording()
+                # Its masks are guessed from the ids, anew for every draft, where a drafted token may be the pad token.
+                model_kwargs[CACHE_NAME].padding_is_known = False
             return
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

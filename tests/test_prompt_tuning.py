@@ -1,8 +1,10 @@
 """PEFT's prompt learning: virtual tokens in front of the prompt generate what a full forward at each token gives."""
 
+import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,5 +127,12 @@ def test_prefix_tuning_past_peft_s_own_door_is_refused_at_the_first_call(call):
     except ValueError as error:
         print("refused:", error)
     """
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
     assert "refused: " in run.stdout and ("prefix tuning" in run.stdout or "Mamba layers" in run.stdout)

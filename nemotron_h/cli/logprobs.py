@@ -101,7 +101,10 @@ class _Text:
 
 def _ids(written: str) -> list[int]:
     if Path(written).is_file():
-        found = json.loads(Path(written).read_text(encoding="utf-8"))
+        try:
+            found = json.loads(Path(written).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            found = None
         if isinstance(found, list) and all(isinstance(id, int) for id in found):
             return found
         raise ValueError(f"{written} is no JSON list of token ids; write it like [1, 2, 3].")
