@@ -503,6 +503,7 @@ class NemotronHConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers; settings changed by keyword are checked as well."""
+        check_for_library({**config_dict, **kwargs})
         # After a new pattern, if there is one: it is compared with it.
         ordered = dict(sorted(kwargs.items(), key=lambda item: item[0] == "num_hidden_layers"))
         result = super().from_dict(config_dict, **ordered)

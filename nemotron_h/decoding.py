@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -105,41 +104,43 @@ class _Called:
         self._modules = [module for parts in members for module in parts.modules]
         self._tensors = [tensor for parts in members for tensor in parts.tensors]
         self._classes = list(dict.fromkeys(map(type, self._modules)))
-        self._dicts = [
-            part
-            for module in self._modules
-            for part in (module.__dict__, *(module.__dict__[name] for name in _PARTS_OF_A_MODULE))
-        ]
+        self._attributes = [module.__dict__ for module in self._modules]
+        # What torch keeps of every module is left out, but for its parts and its hooks.
+        self._read = [itemgetter(*(set(there) - _OF_EVERY_MODULE), *_PARTS) for there in self._attributes]
         self._then = self._now()
+        self._then[0] = [tuple(map(_copied, values)) for values in self._then[0]]
 
-    def _now(self) -> tuple[list[Any], list[Any]]:
-        """Everything that decides what the layers compute: what is one and the same object, and what is equal."""
+    def _now(self) -> list[Any]:
+        """Everything that decides what the layers compute. In lists, compared at the speed of C, for every token."""
         tensors = self._tensors
-        return (
-            [
-                *map(type, self._modules),
-                *map(attrgetter("forward"), self._classes),
-                *map(attrgetter("__call__"), self._classes),
-                *chain.from_iterable(map(dict.values, self._dicts)),
-            ],
-            [
-                *map(Tensor.data_ptr, tensors),
-                *map(Tensor.size, tensors),
-                *map(Tensor.is_contiguous, tensors),
-                *map(Tensor.is_neg, tensors),
-                *map(attrgetter("dtype"), tensors),
-            ],
-        )
+        return [
+            [read(there) for read, there in zip(self._read, self._attributes, strict=True)],
+            list(map(len, self._attributes)),
+            list(map(type, self._modules)),
+            [*map(_FORWARD, self._classes), *map(_CALL, self._classes)],
+            list(map(Tensor.data_ptr, tensors)),
+            list(map(Tensor.size, tensors)),
+            list(map(Tensor.is_contiguous, tensors)),
+            list(map(Tensor.is_neg, tensors)),
+        ]
 
     def is_as_it_was(self) -> bool:
-        (same, equal), (same_now, equal_now) = self._then, self._now()
-        return len(same) == len(same_now) and all(map(is_, same, same_now)) and equal == equal_now
+        try:
+            return self._then == self._now()
+        except (KeyError, RuntimeError, ValueError):  # an attribute less, or what has no single answer: two tensors
+            return False
 
 
-_PARTS_OF_A_MODULE = (
-    *("_parameters", "_buffers", "_modules"),
-    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
+def _copied(value: Any) -> Any:
+    return dict(value) if isinstance(value, dict) else value
+
+
+_PARTS = (
+    *("_parameters", "_modules", "_forward_hooks", "_forward_pre_hooks"),
+    *("_backward_hooks", "_backward_pre_hooks"),
 )
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_FORWARD, _CALL = attrgetter("forward"), attrgetter("__call__")
 
 
 class _Run(_Called):
@@ -334,6 +335,7 @@ class _Parts:
             and tensor.is_contiguous()
             and not tensor.is_neg()
             and tensor.shape == shape
+            and tensor.numel() > 1  # of one number, another would compare equal: see `is_as_it_was`
             and tensor.dtype == (dtype or self.dtype)
         )
         return tensor.data_ptr()
