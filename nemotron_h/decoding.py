@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from operator import attrgetter, itemgetter
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 from transformers.activations import ReLUSquaredActivation
 
@@ -102,45 +104,46 @@ class _Called:
     def __init__(self, members: list[_Parts]) -> None:
         self.blocks = [parts.block for parts in members]
         self._modules = [module for parts in members for module in parts.modules]
-        self._tensors = [tensor for parts in members for tensor in parts.tensors]
-        self._classes = list(dict.fromkeys(map(type, self._modules)))
         self._attributes = [module.__dict__ for module in self._modules]
-        # What torch keeps of every module is left out, but for its parts and its hooks.
-        self._read = [itemgetter(*(set(there) - _OF_EVERY_MODULE), *_PARTS) for there in self._attributes]
-        self._then = self._now()
-        self._then[0] = [tuple(map(_copied, values)) for values in self._then[0]]
+        self._classes = list(dict.fromkeys(map(type, self._modules)))
+        own = [(sorted(set(there) - _OF_EVERY_MODULE), there) for there in self._attributes]
+        self._own = [(itemgetter(*names), there) for names, there in own if names]
+        self._with_parameters = [there for there in self._attributes if there["_parameters"]]
+        self._with_children = [there for there in self._attributes if there["_modules"]]
+        self._then, self._then_hooks, self._then_tensors = self._now(), self._hooks(), self._tensors()
 
     def _now(self) -> list[Any]:
-        """Everything that decides what the layers compute. In lists, compared at the speed of C, for every token."""
-        tensors = self._tensors
+        """What decides what the layers compute, beside tensors and hooks; in a list, which C compares for each token."""
         return [
-            [read(there) for read, there in zip(self._read, self._attributes, strict=True)],
-            list(map(len, self._attributes)),
-            list(map(type, self._modules)),
-            [*map(_FORWARD, self._classes), *map(_CALL, self._classes)],
-            list(map(Tensor.data_ptr, tensors)),
-            list(map(Tensor.size, tensors)),
-            list(map(Tensor.is_contiguous, tensors)),
-            list(map(Tensor.is_neg, tensors)),
+            *map(type, self._modules),
+            *map(_FORWARD, self._classes),
+            *map(_CALL, self._classes),
+            *map(len, self._attributes),
+            *chain.from_iterable(map(dict.values, map(_CHILDREN, self._with_children))),
+            *[read(there) for read, there in self._own],
         ]
+
+    def _tensors(self) -> list[Tensor | None]:
+        return [*chain.from_iterable(map(dict.values, map(_PARAMETERS, self._with_parameters)))]
+
+    def _hooks(self) -> list[int]:
+        return [*chain.from_iterable(chain.from_iterable(map(_HOOKS, self._attributes)))]
 
     def is_as_it_was(self) -> bool:
         try:
-            return self._then == self._now()
+            return self._then == self._now() and self._then_hooks == self._hooks() and self._tensors_are_as_they_were()
         except (KeyError, RuntimeError, ValueError):  # an attribute less, or what has no single answer: two tensors
             return False
 
+    def _tensors_are_as_they_were(self) -> bool:
+        then, now = self._then_tensors, self._tensors()
+        return len(then) == len(now) and all(map(is_, then, now))
 
-def _copied(value: Any) -> Any:
-    return dict(value) if isinstance(value, dict) else value
 
-
-_PARTS = (
-    *("_parameters", "_modules", "_forward_hooks", "_forward_pre_hooks"),
-    *("_backward_hooks", "_backward_pre_hooks"),
-)
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PARAMETERS, _CHILDREN = itemgetter("_parameters"), itemgetter("_modules")
 _FORWARD, _CALL = attrgetter("forward"), attrgetter("__call__")
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # what torch keeps: its parts and its hooks are looked at apart
 
 
 class _Run(_Called):
@@ -148,6 +151,13 @@ class _Run(_Called):
 
     def __init__(self, members: list[_Parts]) -> None:
         super().__init__(members)
+        tensors = [tensor for tensor in self._then_tensors if tensor is not None]
+        self._addresses = list(map(Tensor.data_ptr, tensors))
+        # torch.compile's own check of sizes, strides, dtypes and views (`.data` may be any other), in one call.
+        self._guards = torch._C._dynamo.guards.TensorGuards(
+            *tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None
+        )
+        self._last_handle = RemovableHandle.next_id
         self.dtype, self.width = members[0].dtype, members[0].width
         self.attends = any(parts.struct.kind == native.ATTENTION for parts in members)
         self._members = [
@@ -155,6 +165,23 @@ class _Run(_Called):
         ]
         self._structs = (native.Block * len(members))(*(parts.struct for parts in members))
         self._remembering = [i for i, parts in enumerate(members) if parts.struct.kind != native.MLP]
+
+    def _hooks(self) -> list[int]:
+        """None, when it was made; looked at again where anybody has registered a hook since, on anything."""
+        if (last := RemovableHandle.next_id) == getattr(self, "_last_handle", None):
+            return self._then_hooks
+        found = super()._hooks()
+        if not found:
+            self._last_handle = last
+        return found
+
+    def _tensors_are_as_they_were(self) -> bool:
+        tensors = [tensor for tensor in self._tensors() if tensor is not None]
+        return (
+            len(tensors) == len(self._addresses)
+            and self._addresses == list(map(Tensor.data_ptr, tensors))
+            and self._guards.check(*tensors)
+        )
 
     def __call__(self, x_BLD: Tensor, *, cache: Cache, **kwargs: Any) -> Tensor:
         if x_BLD.dtype == self.dtype and x_BLD.shape[-1] == self.width:
@@ -226,13 +253,12 @@ def _point_at(struct: native.Block, kind: int, layer: Any, x_BLD: Tensor) -> boo
 
 
 class _Parts:
-    """What native.c needs of one block, and the modules and tensors that were looked at for it."""
+    """What native.c needs of one block, and the modules that were looked at for it."""
 
     def __init__(self, block: Any) -> None:
         self.block = block
         self.struct = native.Block()
         self.modules: list[nn.Module] = []
-        self.tensors: list[Tensor] = []
         try:
             self.width, self.dtype = self._block(block)
             self.fit = True  # or the block must be called: other classes, biases, dtypes, sizes than native.c knows
@@ -327,7 +353,6 @@ class _Parts:
         """The address of a parameter that is plain, of that shape, and of the run's dtype or another that is named."""
         tensor = module._parameters[name]
         assert tensor is not None
-        self.tensors.append(tensor)
         _require(
             type(tensor) is nn.Parameter
             and tensor.is_cpu
@@ -335,7 +360,6 @@ class _Parts:
             and tensor.is_contiguous()
             and not tensor.is_neg()
             and tensor.shape == shape
-            and tensor.numel() > 1  # of one number, another would compare equal: see `is_as_it_was`
             and tensor.dtype == (dtype or self.dtype)
         )
         return tensor.data_ptr()

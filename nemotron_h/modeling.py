@@ -666,7 +666,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
         if not _FOR_A_HEAD.isdisjoint(kwargs):
             kwargs = {name: value for name, value in kwargs.items() if name not in _FOR_A_HEAD}  # type: ignore[assignment]
         _check_kwargs(kwargs)
-        x_BLD = embedded(self.embeddings, input_ids, inputs_embeds, self.config.hidden_size)
+        x_BLD = embedded(self.embeddings, input_ids, inputs_embeds, self.config)
         batch, length = x_BLD.shape[:2]
 
         cache = pick_cache(cache=cache, past_key_values=past_key_values, cache_params=cache_params)
@@ -682,7 +682,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
                 )
             cache, use_cache = None, False
 
-        prepared = None
+        prepared, kinds = None, self.config.layers_block_type
         if isinstance(attention_mask, dict):
             if "mamba" not in attention_mask:
                 raise ValueError(
@@ -691,9 +691,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
                 )
             prepared, mask_BL = attention_mask, attention_mask["mamba"]
         else:
-            attention_mask, seq_idx = read_mask(
-                attention_mask, seq_idx, batch, length, cache, self.config.layers_block_type
-            )
+            attention_mask, seq_idx = read_mask(attention_mask, seq_idx, batch, length, cache, kinds)
             mask_BL = padding_mask(attention_mask, length, cache)
         seq_idx_BL = document_ids(x_BLD, mask_BL, position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k, cache)
         if seq_idx_BL is not None:
@@ -705,7 +703,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
         visible = (
             {"attention_mask": prepared["attention"], "plainly_causal": False}
             if prepared is not None
-            else self.who_sees_whom(self.config.layers_block_type, x_BLD, attention_mask, mask_BL, seq_idx_BL, cache)
+            else self.who_sees_whom(kinds, x_BLD, attention_mask, mask_BL, seq_idx_BL, cache)
         )
         with Uninterrupted(cache, "a forward"):
             for layer in steps(self.layers, x_BLD, cache, mask_BL, visible["plainly_causal"]):
@@ -984,7 +982,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         """
         _check_renamed(kwargs)
         check_no_prefix(self)
-        check_prompt(args, kwargs, self.config.hidden_size)
+        check_prompt(args, kwargs, self.config)
         kwargs = mtp.generation_options(self, args, kwargs)
         if (prompt_cache := kwargs.pop("prompt_cache", None)) is not None:
             check_no_virtual_tokens(self, "prompt_cache= keeps states by the tokens that led to them")

@@ -18,7 +18,7 @@ from .cache import cache_length
 from .ops import document_index
 
 
-def embedded(embeddings: nn.Module, input_ids: Any, inputs_embeds: Any, width: int) -> Tensor:
+def embedded(embeddings: nn.Module, input_ids: Any, inputs_embeds: Any, config: Any) -> Tensor:
     """(B, L, D) embeddings of what the model was called with: ids (B, L), or the embeddings themselves.
 
     Raises:
@@ -29,7 +29,7 @@ def embedded(embeddings: nn.Module, input_ids: Any, inputs_embeds: Any, width: i
         got = "neither" if input_ids is None else "both"
         raise ValueError(f"The model takes one of `input_ids` and `inputs_embeds` and got {got}: pass exactly one.")
     name, given = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
-    _check_axes(name, given, width)
+    _check_axes(name, given, config)
     if given.numel() == 0:
         nothing = "a batch of 0 rows" if given.shape[0] == 0 else "the input has no tokens"
         raise ValueError(f"{name} has shape {tuple(given.shape)}, {nothing}: pass at least one.")
@@ -48,20 +48,20 @@ def embedded(embeddings: nn.Module, input_ids: Any, inputs_embeds: Any, width: i
     return x_BLD
 
 
-def check_prompt(args: tuple[Any, ...], kwargs: dict[str, Any], width: int) -> None:
+def check_prompt(args: tuple[Any, ...], kwargs: dict[str, Any], config: Any) -> None:
     """That what `generate()` was called with is rows of ids or of embeddings; the rest is said by the forward."""
     given = {"input_ids": args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))}
     given["inputs_embeds"] = kwargs.get("inputs_embeds")
     for name, tokens in given.items():
         if tokens is not None:
-            _check_axes(name, tokens, width)
+            _check_axes(name, tokens, config)
 
 
-def _check_axes(name: str, given: Any, width: int) -> None:
+def _check_axes(name: str, given: Any, config: Any) -> None:
     axes = 2 if name == "input_ids" else 3
-    if isinstance(given, Tensor) and given.ndim == axes and (axes == 2 or given.shape[2] == width):
+    if isinstance(given, Tensor) and given.ndim == axes and (axes == 2 or given.shape[2] == config.hidden_size):
         return
-    wanted = "(rows, tokens)" if axes == 2 else f"(rows, tokens, {width})"
+    wanted = "(rows, tokens)" if axes == 2 else f"(rows, tokens, {config.hidden_size})"
     if not isinstance(given, Tensor):
         raise ValueError(f"{name} is a {type(given).__name__}: pass a tensor of {wanted}.")
     of_one_row = f", as {name}[None] for one row" if given.ndim == axes - 1 else ""
