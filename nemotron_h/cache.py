@@ -119,8 +119,10 @@ class MambaLayer(LinearAttentionCacheLayerMixin):
 
     def update(self, window_BCW: torch.Tensor, state_BHPN: torch.Tensor, num_tokens: int) -> None:  # type: ignore[override]
         """Take the window and state after `num_tokens` more tokens (padding counted)."""
-        self.update_conv_state(window_BCW)
-        self.update_recurrent_state(state_BHPN)
+        # The layer's own tensors have moved on in place.
+        if window_BCW is not self.conv_states[0] or state_BHPN is not self.recurrent_states[0]:
+            self.update_conv_state(window_BCW)
+            self.update_recurrent_state(state_BHPN)
         self.cumulative_length += num_tokens
         self.has_previous_state[0] = True
 

@@ -113,7 +113,7 @@ class _Called:
         self._then, self._then_hooks, self._then_tensors = self._now(), self._hooks(), self._tensors()
 
     def _now(self) -> list[Any]:
-        """What decides what the layers compute, beside tensors and hooks; in a list, which C compares for each token."""
+        """What decides what the layers compute, beside tensors and hooks. A list, which C compares for every token."""
         return [
             *map(type, self._modules),
             *map(_FORWARD, self._classes),
