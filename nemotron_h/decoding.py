@@ -118,6 +118,7 @@ class _Called:
             *map(type, self._modules),
             *map(_FORWARD, self._classes),
             *map(_CALL, self._classes),
+            *map(_CALL_IMPL, self._classes),
             *map(len, self._attributes),
             *chain.from_iterable(map(dict.values, map(_CHILDREN, self._with_children))),
             *[read(there) for read, there in self._own],
@@ -142,7 +143,7 @@ class _Called:
 
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PARAMETERS, _CHILDREN = itemgetter("_parameters"), itemgetter("_modules")
-_FORWARD, _CALL = attrgetter("forward"), attrgetter("__call__")
+_FORWARD, _CALL, _CALL_IMPL = attrgetter("forward"), attrgetter("__call__"), attrgetter("_call_impl")
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # what torch keeps: its parts and its hooks are looked at apart
 
 

@@ -23,13 +23,13 @@ def parameter_dtype() -> torch.dtype:
     return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
-_own_functions: dict[type[nn.Module], tuple[Any, Any]] = {}
+_own_functions: dict[type[nn.Module], tuple[Any, Any, Any]] = {}
 
 
 def has_own_forward(kind: type[nn.Module]) -> bool:
     """Whether a call of this class runs the functions that its own files define: libraries that speed models up or
     trace them put others in their place, some before this package is imported."""
-    now = kind.forward, kind.__call__
+    now = kind.forward, kind.__call__, kind._call_impl
     if _own_functions.get(kind) == now:
         return True
     files = {getattr(sys.modules.get(cls.__module__), "__file__", None) for cls in kind.__mro__}
@@ -50,6 +50,7 @@ def is_called_plainly(module: nn.Module, kind: type[nn.Module]) -> bool:
         and not attributes["_backward_hooks"]
         and not attributes["_backward_pre_hooks"]
         and "forward" not in attributes
+        and "_call_impl" not in attributes
         and "_compiled_call_impl" not in attributes
         and has_own_forward(kind)
         and not torch_module._has_any_global_hook()

@@ -43,7 +43,7 @@ def read_mask(
             tokens which they have seen, or shows padding which they have not.
     """
     if attention_mask is None:
-        return None, seq_idx
+        return _padding_of(cache, length), seq_idx
     mamba = "mamba" in kinds
     if not isinstance(attention_mask, Tensor):
         if mamba:
@@ -216,6 +216,14 @@ def _check_seen(mask_BS: Tensor, cache: Any, past: int) -> None:
             f"attention_mask {said} column {column} of row {row}, which was {was} when the cache's Mamba layers read "
             "it: pass the mask of before with a column for each new token, or begin with a new cache."
         )
+
+
+def _padding_of(cache: Any, length: int) -> Tensor | None:
+    """Without a mask: the one that says of the cached tokens what the cache knows, where any of them was padding."""
+    if not isinstance(cache, NemotronHCache) or cache.padding_BP is None or torch.compiler.is_compiling():
+        return None
+    new = int(cache_length(cache)) + length - cache.padding_BP.shape[1]
+    return F.pad(~cache.padding_BP, (0, new), value=True)
 
 
 def remember_padding(cache: Any, mask_BL: Tensor | None, past: int) -> None:

@@ -198,14 +198,15 @@ def class_patch(model: Any, draw: random.Random) -> Any:
     cls = draw.choice(classes)
     forward, factor = cls.forward, 1.5 + draw.random()
     if draw.random() < 0.25:  # as tracers do: the way into every module
-        call = nn.Module.__call__
+        name = draw.choice(["__call__", "_call_impl"])
+        call = getattr(nn.Module, name)
         module = draw.choice([m for m in _speaking(model) if not isinstance(m, modeling.NemotronHBlock)])
 
         def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             result = call(self, *args, **kwargs)
             return result * factor if self is module else result
 
-        return _patched(nn.Module, "__call__", watched)
+        return _patched(nn.Module, name, watched)
     return _patched(cls, "forward", lambda self, *args, **kwargs: forward(self, *args, **kwargs) * factor)
 
 
@@ -277,8 +278,9 @@ class _Watching(TorchFunctionMode):
 def function_patch(model: Any, draw: random.Random) -> Any:
     if draw.random() < 0.3:
         return _Watching()
-    linear, factor = F.linear, 1.2 + draw.random() / 2
-    return _patched(F, "linear", lambda *args, **kwargs: linear(*args, **kwargs) * factor)
+    name, factor = draw.choice(["linear", "relu", "silu", "softplus"]), 1.2 + draw.random() / 2
+    function = getattr(F, name)
+    return _patched(F, name, lambda *args, **kwargs: function(*args, **kwargs) * factor)
 
 
 def harmless(model: Any, draw: random.Random) -> Any:

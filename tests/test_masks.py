@@ -287,6 +287,19 @@ def test_cached_tokens_stay_what_they_were():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("max_cache_len", [None, 16])
+def test_without_a_mask_cached_padding_stays_hidden(max_cache_len):
+    model, ids = small_model("dense"), tokens(2, 12)
+    mask = torch.ones(2, 10).long()
+    mask[0, :3] = 0
+    cache = NemotronHCache(model.config, max_cache_len=max_cache_len)
+    model(ids[:, :10], attention_mask=mask, cache=cache)
+    logits = torch.cat([model(token, cache=cache).logits for token in ids[:, 10:].split(1, dim=1)], 1)
+    assert relative_difference(logits[:1], model(ids[:1, 3:]).logits[:, -2:]) <= TOLERANCE
+    assert relative_difference(logits[1:], model(ids[1:]).logits[:, -2:]) <= TOLERANCE
+
+
+@torch.no_grad()
 def test_generate_reads_masks_too():
     model, ids = small_model("dense"), tokens(1, 9)
     seen = torch.ones(1, 9).bool()

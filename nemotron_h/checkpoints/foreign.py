@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
@@ -15,10 +16,15 @@ _FILES = ("configuration_files", "fast_tokenizer_files")
 """Keys under which transformers finds names of further files."""
 
 
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 4, 100, 100
+
+
 def shown(value: object, limit: int = 80) -> str:
     """A value as a sentence has it: of a long one its beginning."""
     try:
-        text = repr(value)
+        # Of what holds other things a few levels: one that holds itself often over has no end.
+        text = _REPR.repr(value) if isinstance(value, list | dict | tuple) else repr(value)
     except (RecursionError, ValueError):  # nested too deep, or an integer of thousands of digits
         return f"a {type(value).__name__}"
     return text if len(text) <= limit else f"{text[:limit]}..."

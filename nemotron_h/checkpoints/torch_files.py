@@ -93,14 +93,32 @@ def _bytearray(value: Any = b"", *encoding: str) -> bytearray:
     return bytearray(_bytes(value, *encoding))
 
 
+def _text(value: Any = "") -> str:
+    """`str` of what is one: that of a list holding itself often over has no end."""
+    if not isinstance(value, str):
+        raise pickle.UnpicklingError(f"it asks for the text of a {type(value).__name__}")
+    return value
+
+
+def _encoded(value: str, how: str = "latin1") -> bytes:
+    """`codecs.encode` as bytes are pickled by it; other codecs make more of less."""
+    if how != "latin1":
+        raise pickle.UnpicklingError(f"it encodes by {how!r}")
+    return value.encode(how)
+
+
+def _listed(items: Any = ()) -> list[Any]:
+    """In place of a set: to look up what holds itself often over has no end."""
+    return list(items)
+
+
 _KNOWN = (
-    {("builtins", name) for name in "bool int float complex str list tuple dict set frozenset object".split()}
+    {("builtins", name) for name in "bool int float complex list tuple dict object".split()}
     | {
         ("argparse", "Namespace"),
         ("collections", "OrderedDict"),
         ("collections", "defaultdict"),
         ("copyreg", "_reconstructor"),
-        ("_codecs", "encode"),
         ("pathlib", "PosixPath"),
         ("pathlib", "PurePosixPath"),
         ("torch", "Size"),
@@ -125,6 +143,10 @@ _KNOWN = (
 _IN_PLACE: dict[tuple[str, str], Any] = {
     ("builtins", "bytes"): _bytes,
     ("builtins", "bytearray"): _bytearray,
+    ("builtins", "str"): _text,
+    ("builtins", "set"): _listed,
+    ("builtins", "frozenset"): _listed,
+    ("_codecs", "encode"): _encoded,
     ("torch", "UntypedStorage"): _Untyped,
     ("torch.storage", "UntypedStorage"): _Untyped,
 }
@@ -151,7 +173,59 @@ class Unpickler(pickle._Unpickler):
             raise pickle.UnpicklingError(f"it changes {changed.__name__}")
         pickle._Unpickler.dispatch[pickle.BUILD[0]](self)
 
-    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: _build}
+    def _reduce(self: Any) -> None:
+        """Arguments that are to be looked up in a dictionary are names and numbers."""
+        called, given = self.stack[-2:]
+        if (
+            isinstance(called, type)
+            and issubclass(called, dict)
+            and any(isinstance(each, list | dict) for each in given)
+        ):
+            raise pickle.UnpicklingError("it makes a dictionary of a list")
+        pickle._Unpickler.dispatch[pickle.REDUCE[0]](self)
+
+    def _set_items(self: Any) -> None:
+        for key in self.stack[::2]:
+            _check_key(key)
+        pickle._Unpickler.dispatch[pickle.SETITEMS[0]](self)
+
+    def _set_item(self: Any) -> None:
+        _check_key(self.stack[-2])
+        pickle._Unpickler.dispatch[pickle.SETITEM[0]](self)
+
+    def _dict(self: Any) -> None:
+        for key in self.stack[::2]:
+            _check_key(key)
+        pickle._Unpickler.dispatch[pickle.DICT[0]](self)
+
+    def _no_set(self: Any) -> None:
+        raise pickle.UnpicklingError("it has a set")
+
+    dispatch: ClassVar = {
+        **pickle._Unpickler.dispatch,
+        pickle.BUILD[0]: _build,
+        pickle.REDUCE[0]: _reduce,
+        pickle.SETITEM[0]: _set_item,
+        pickle.SETITEMS[0]: _set_items,
+        pickle.DICT[0]: _dict,
+        pickle.EMPTY_SET[0]: _no_set,
+        pickle.FROZENSET[0]: _no_set,
+    }
+
+
+def _check_key(key: Any) -> None:
+    """A key is a name, a number, or what torch.distributed.checkpoint keeps such under: looked up at once."""
+    parts = [key]
+    for part in parts:
+        if isinstance(part, tuple):
+            parts += part
+        elif type(part).__name__ == "MetadataIndex":
+            parts += vars(part).values()
+        if len(parts) > _KEY_PARTS:
+            raise pickle.UnpicklingError("it has a key of very many parts")
+
+
+_KEY_PARTS = 100
 
 
 class PickleModule:
@@ -169,12 +243,13 @@ def load(path: Path, mmap: bool = False) -> Any:
 
     Raises `ValueError` where it cannot be read.
     """
+    plain(path)
     try:
         check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=PickleModule, mmap=mmap)
     except Exception as error:  # of a damaged pickle anything comes
         names = names_of_cut(path)
-        if isinstance(error, ValueError) and not names:
+        if isinstance(error, ValueError) and str(path) in str(error) and not names:
             raise
         lost = f", and with it {names[0]} and {len(names) - 1} other tensors" if names else ""
         raise ValueError(f"{path} cannot be read{lost}: fetch or write it again.") from error

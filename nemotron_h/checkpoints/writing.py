@@ -107,6 +107,8 @@ def check_partial(folder: Path) -> None:
     if links := [each for each in there if each.is_symlink()]:
         raise ValueError(f"{folder} has the link {links[0].relative_to(folder)}, {remedy}.")
     mark = folder / _MARK
+    if mark.exists() and not mark.is_file():
+        raise ValueError(f"{folder} is a folder {remedy}.")
     said = mark.read_bytes() if mark.is_file() else b""
     begun = there in ([], [mark]) and not said  # stopped before there was anything in it
     if not begun and not re.fullmatch(rb"[0-9a-f]{64}", said):

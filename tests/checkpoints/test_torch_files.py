@@ -4,6 +4,7 @@ beyond its own."""
 import argparse
 import io
 import json
+import os
 import pickle
 import struct
 import tarfile
@@ -276,3 +277,51 @@ def test_numbers_among_the_arguments_are_believed_as_far_as_a_model_goes(name, t
     torch.save(contents, file)
     with pytest.raises(ValueError, match=rf"{name}.* 1000000000000"):
         formats.conversion(tmp_path / "ranks", "huggingface")
+
+
+def _pickled(path, pickled: bytes):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/version", "3\n")
+    return path
+
+
+def _doubled(pair: bytes, levels: int) -> bytes:
+    """A value that holds the one before it twice, so many times over: small to write, endless to walk through."""
+    return b"\x80\x04" + pair + b"\x940" + b"".join(b"h%ch%c" % (i, i) + b"\x86\x940" for i in range(levels))
+
+
+_TEXT = b"\x8c\x08aaaaaaaa"
+_HEX = b"".join(b"\x8c\x07_codecs\x8c\x06encode\x93h%c\x8c\x03hex\x86R\x940" % i for i in range(40))
+ENDLESS = {
+    "a set of tuples of tuples": _doubled(_TEXT, 40) + b"\x8c\x08builtins\x8c\x09frozenset\x93]h\x28a\x85R.",
+    "a set by its own letter": _doubled(_TEXT, 40) + b"\x8f(h\x28\x90.",
+    "a key of tuples of tuples": _doubled(_TEXT, 40) + b"}h\x28K\x01s.",
+    "keys of tuples of tuples": _doubled(_TEXT, 40) + b"}(h\x28K\x01u.",
+    "a dictionary of such pairs": _doubled(_TEXT, 40)
+    + b"\x8c\x0bcollections\x8c\x0bOrderedDict\x93]h\x28K\x01\x86a\x85R.",
+    "the text of lists of lists": _doubled(_TEXT, 40) + b"\x8c\x08builtins\x8c\x03str\x93h\x28\x85R.",
+    "bytes encoded again and again": b"\x80\x04C\x08aaaaaaaa\x940" + _HEX + b"K\x01.",
+}
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+def test_a_few_bytes_that_stand_for_endless_work_are_refused(what, tmp_path):
+    path = _pickled(tmp_path / "file.pt", ENDLESS[what])
+    assert path.stat().st_size < 3_000
+    try:
+        found = torch_files.load(path)
+    except ValueError as error:
+        assert str(path) in str(error)
+    else:  # it holds the tuples as they are, and nobody looks at them
+        assert what == "a set of tuples of tuples" and type(found) is list
+
+
+def test_a_pipe_for_a_rank_file_is_not_waited_for(tmp_path):
+    path = rank_file(tmp_path / "ranks")
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="is no plain file"):
+        formats.conversion(tmp_path / "ranks", "huggingface")
+    with pytest.raises(ValueError, match="is no plain file"):
+        torch_files.load(path)
