@@ -79,10 +79,30 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
 
 
+def _is_labels(value: Any) -> bool:
+    return all(str(key).removeprefix("-").isdecimal() and isinstance(name, str) for key, name in value.items())
+
+
+def check_names(cls: type, given: Mapping[str, Any]) -> None:
+    """That no setting is called as what the config's class does: it would stand in that one's place."""
+    for name in given:
+        taken = getattr(cls, name, None) if isinstance(name, str) else None
+        if not isinstance(name, str) or name.startswith("__") or callable(taken) or name == "attribute_map":
+            fail(f"A setting is called {shorten(name)}, which is no setting", "take it out of config.json")
+    for name in ("text_config", "llm_config"):
+        check_optional(name, given.get(name), "names and values", lambda value: isinstance(value, dict))
+
+
 def check_for_library(given: Mapping[str, Any]) -> None:
     """What transformers' base class opens before this package can look at it."""
     for name in ("id2label", "label2id", "rope_scaling", "rope_parameters"):
         check_optional(name, given.get(name), "names and values", lambda value: isinstance(value, dict))
+    check_optional("id2label", given.get("id2label"), "names of labels by number", _is_labels)
+    stored = given.get("quantization_config")
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    check_optional("quant_method", method, "the name of a method", lambda it: isinstance(it, str) and len(it) < 100)
+    for name in ("output_attentions", "output_hidden_states", "return_dict"):
+        check_optional(name, given.get(name), "true or false", is_bool)
     check_optional("architectures", given.get("architectures"), "a list of names", _is_names)
     check_optional("num_labels", given.get("num_labels"), "their number", lambda n: is_int(n) and n <= MOST_LABELS)
 

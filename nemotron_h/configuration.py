@@ -22,6 +22,7 @@ from .config_values import (
     MOST_LAYERS,
     check_for_library,
     check_kinds,
+    check_names,
     check_optional,
     check_positive,
     check_sizes,
@@ -503,6 +504,7 @@ class NemotronHConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers; settings changed by keyword are checked as well."""
+        check_names(cls, config_dict)
         check_for_library({**config_dict, **kwargs})
         # After a new pattern, if there is one: it is compared with it.
         ordered = dict(sorted(kwargs.items(), key=lambda item: item[0] == "num_hidden_layers"))

@@ -87,6 +87,34 @@ def weight_map(index: Path) -> dict[str, str]:
     return found
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 31
+
+
+def _is_ids(value: Any) -> bool:
+    return _is_id(value) or (isinstance(value, list) and all(map(_is_id, value)))
+
+
+_ID = _is_id, "the id of a token"
+_KINDS: dict[str, dict[str, tuple[Any, str]]] = {
+    "generation_config.json": {
+        "eos_token_id": (_is_ids, "ids of tokens"),
+        "bos_token_id": _ID,
+        "pad_token_id": _ID,
+        **dict.fromkeys(("temperature", "top_k", "top_p", "max_new_tokens", "max_length"), (_is_number, "a number")),
+    },
+    "tokenizer_config.json": {
+        "model_max_length": (_is_number, "a number"),
+        "chat_template": (lambda value: isinstance(value, str | list | dict), "the text of a template"),
+    },
+}
+"""What transformers opens in its own words, or in none."""
+
+
 def check_folder(folder: Path) -> None:
     """Raises `ValueError` where a folder has no file under a name that a reader of it opens, but a folder, a small
     file that cannot be what it is called, or one that names files elsewhere."""
@@ -99,6 +127,9 @@ def check_folder(folder: Path) -> None:
         fields = read_json(file)
         if not isinstance(kind := fields.get("model_type", ""), str):
             raise ValueError(f"{file} has the model_type {shown(kind)}: correct it.")
+        for key, (usable, wanted) in _KINDS.get(file.name, {}).items():
+            if (value := fields.get(key)) is not None and not usable(value):
+                raise ValueError(f"{file} has the {key} {shown(value)}: give {wanted}, or leave it out.")
         for key in _FILES:
             for name in fields[key] if isinstance(fields.get(key), list) else [fields[key]] if key in fields else []:
                 inside(folder, name, file)

@@ -85,8 +85,7 @@ class Chat:
         messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": text})
         messages, arguments = reasoning_switch(messages, think, self.tokenizer)
-        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **arguments)
-        return str(rendered)
+        return render_messages(self.tokenizer, messages, arguments)
 
     def ask(
         self,
@@ -134,6 +133,17 @@ class Chat:
         if self.tokenizer.get_vocab() != assistant.tokenizer.get_vocab():
             arguments |= {"tokenizer": self.tokenizer, "assistant_tokenizer": assistant.tokenizer}
         return arguments
+
+
+def render_messages(tokenizer: Any, messages: list[dict[str, Any]], arguments: dict[str, Any]) -> str:
+    """The prompt of these messages. Raises `ValueError` where the template, a program from elsewhere, cannot."""
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **arguments))
+    except Exception as error:  # whatever Python and jinja can
+        said = _first_line(error) if str(error) else type(error).__name__
+        raise ValueError(
+            f"The chat template cannot render the messages ({said}): correct chat_template.jinja, or fetch it again."
+        ) from error
 
 
 def check_text(text: str, what: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..prompt_cache import PromptCache
-from .chat import Chat, Reply, check_text
+from .chat import Chat, Reply, check_text, render_messages
 from .reasoning import ReasoningStreamer, reasoning_switch, switch_reasoning
 
 
@@ -86,7 +86,7 @@ class Conversation:
 
         def rendered(messages: list[dict[str, Any]]) -> str:
             messages, arguments, _ = switch_reasoning(messages, self.think, tokenizer)
-            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **arguments))
+            return render_messages(tokenizer, messages, arguments)
 
         reasoning_switch(now, self.think, tokenizer)  # for what it has to say of this turn
         return rendered(now), rendered(later)

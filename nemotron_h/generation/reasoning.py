@@ -107,6 +107,8 @@ def switch_reasoning(
     render = _renderer(chat_template, tools)
     switch = _find_switch(render)
     if switch is None:
+        if render(messages, {}) is None:  # which whoever renders them is told
+            return Switched(messages, {})
         return Switched(messages, {}, f"This chat template has no switch for reasoning: think={think} changes nothing.")
     overruled = None
     for placed, arguments in _placements(messages, switch.words, think):
