@@ -99,17 +99,21 @@ def _plan(blocks: Iterable[Any]) -> list[_Run | _Called]:
 
 
 class _Called:
-    """Layers, with all that was looked at to see how they are to be called."""
+    """Layers that are called, with what was looked at last: there was the reason, and as long as it is as it was
+    nothing else need be asked. (Another reason that goes away, or a second one, costs speed and no number.)"""
 
     def __init__(self, members: list[_Parts]) -> None:
         self.blocks = [parts.block for parts in members]
-        self._modules = [module for parts in members for module in parts.modules]
+        seen = [module for parts in members for module in parts.modules]
+        self._modules = seen if isinstance(self, _Run) else seen[-1:]
         self._attributes = [module.__dict__ for module in self._modules]
         self._classes = list(dict.fromkeys(map(type, self._modules)))
-        own = [(sorted(set(there) - _OF_EVERY_MODULE), there) for there in self._attributes]
+        # nn.Linear's own are its sizes, of which its forward reads none.
+        speaking = [module.__dict__ for module in self._modules if type(module) is not nn.Linear]
+        own = [(sorted(set(there) - _OF_EVERY_MODULE), there) for there in speaking]
         self._own = [(itemgetter(*names), there) for names, there in own if names]
         self._with_parameters = [there for there in self._attributes if there["_parameters"]]
-        self._with_children = [there for there in self._attributes if there["_modules"]]
+        self._with_children = [module.__dict__ for module in seen if module._modules]
         self._then, self._then_hooks, self._then_tensors = self._now(), self._hooks(), self._tensors()
 
     def _now(self) -> list[Any]:
@@ -148,7 +152,7 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # what torch keeps: its parts a
 
 
 class _Run(_Called):
-    """Neighbouring layers, called like one."""
+    """Neighbouring layers, called like one, with all that they were looked at for."""
 
     def __init__(self, members: list[_Parts]) -> None:
         super().__init__(members)

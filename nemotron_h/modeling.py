@@ -751,7 +751,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
             and F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
-            and not is_tracing(x_BLD)
+            and not (is_tracing(x_BLD) if type(x_BLD) is not Tensor or x_BLD.is_cuda else torch.jit.is_tracing())
             and not (self.training and self.config.attention_dropout)
             and grows(cache)
             and (
