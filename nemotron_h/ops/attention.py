@@ -79,7 +79,7 @@ def _native_serves(q_BALQ: Tensor, k_BKSQ: Tensor, v_BKSQ: Tensor) -> bool:
         and q_BALQ.dtype == k_BKSQ.dtype == v_BKSQ.dtype
         and head_dim % 16 == 0
         and k_BKSQ.shape == v_BKSQ.shape
-        and (len(q_BALQ), head_dim) == (len(k_BKSQ), k_BKSQ.shape[3])
+        and (q_BALQ.shape[0], head_dim) == (k_BKSQ.shape[0], k_BKSQ.shape[3])
         and q_BALQ.shape[1] % k_BKSQ.shape[1] == 0
         and k_BKSQ.stride()[2:] == v_BKSQ.stride()[2:] == (head_dim, 1)
         and type(k_BKSQ) is type(v_BKSQ) is Tensor

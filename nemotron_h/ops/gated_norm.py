@@ -30,7 +30,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     rows = x.shape[:-1].numel()
     if (
         rows > 0
-        and x.shape[-1] == len(weight_D) > 0
+        and x.shape[-1] == weight_D.shape[0] > 0
         and x.dtype in _NATIVE
         and weight_D.dtype == x.dtype
         and native.serves(x, weight_D)
@@ -63,7 +63,7 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight_D: Tensor, eps: float, n_groups:
         z_RD is not None
         and y.shape == z.shape
         and y.numel() > 0
-        and width == len(weight_D)
+        and width == weight_D.shape[0]
         and width % n_groups == 0
         and y.dtype in _NATIVE
         and y.dtype == z.dtype == weight_D.dtype

@@ -247,7 +247,7 @@ def serves(*tensors: Tensor | None) -> bool:
         and torch._C._get_tracing_state() is None
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._len_torch_dispatch_stack() == 0
-        and not _functions_are_watched()
+        and (torch._C._len_torch_function_stack() == 0 or not _functions_are_watched())
         and (F.relu, F.silu, F.softplus) == _TORCHS
         and torch.autograd.forward_ad._current_level < 0
         and _ready()  # last, and before `_loaded` is used
@@ -310,7 +310,7 @@ def linear(x_MK: Tensor, weight: Tensor, scale: Tensor | None = None, experts_M:
         N,
         K,
         None if experts_M is None else experts_M.data_ptr(),
-        len(weight),
+        weight.shape[0],  # Tensor's `len` is Python, and this is called for every layer
     )
     if failed == _NO_SUCH_EXPERT:
         raise IndexError(f"Experts {experts_M} are asked for of {len(weight)}: the router gives their indices.")
