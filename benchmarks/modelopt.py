@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nemotron_h.bundled import WORD_PROBLEMS, held_out, read_answer
 from nemotron_h.checkpoints import formats
 from nemotron_h.checkpoints.writing import convert
-from nemotron_h.modelopt_quantizer import LowPrecisionExperts, LowPrecisionLinear
+from nemotron_h.quantization.modelopt import LowPrecisionExperts, LowPrecisionLinear
 
 PLAIN = "as it is"
 POINTS, BYTES = {"fp8": 1.0, "nvfp4": 3.0}, {"fp8": 0.56, "nvfp4": 0.33}

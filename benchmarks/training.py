@@ -26,7 +26,7 @@ from harness import measure, models
 from harness.report import Report, arguments
 from torch import Tensor, nn
 
-from nemotron_h import losses
+from nemotron_h.training import losses
 
 HALF, NO_WORSE, SHARE, SAME = 0.5, 1.0, 0.15, 1e-5
 HEAD = {"full": (131072, 8192, 2048), "tiny": (2048, 256, 128)}  # vocabulary, tokens, tokens of the whole logits

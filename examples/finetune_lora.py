@@ -45,7 +45,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import nemotron_h
 from nemotron_h.bundled import WORD_PROBLEMS
-from nemotron_h.lora import KINDS
+from nemotron_h.training.lora import KINDS
 
 
 def parse() -> argparse.Namespace:

@@ -16,7 +16,7 @@ from finetuning import read_jsonl
 from word_problems import problem
 
 from nemotron_h.bundled import WORD_PROBLEMS, held_out
-from nemotron_h.lora import KINDS
+from nemotron_h.training.lora import KINDS
 
 FIRST = 1000  # the shipped problems are numbers 0 to 299
 

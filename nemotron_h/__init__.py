@@ -4,6 +4,7 @@ The model classes are imported when the first config is made or one of them is a
 this package costs next to nothing beside `transformers`.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from transformers import (
@@ -18,8 +19,9 @@ from ._version import __version__
 from .configuration import NemotronHConfig, _before_first_use
 
 if TYPE_CHECKING:
-    from .cache import NemotronHCache
-    from .lora import LoraCoverage, lora_config, lora_coverage
+    from .cache.hybrid import NemotronHCache
+    from .generation.prompt_cache import PromptCache
+    from .hub.publish import publish
     from .modeling import (
         NemotronHForCausalLM,
         NemotronHForSequenceClassification,
@@ -27,9 +29,8 @@ if TYPE_CHECKING:
         NemotronHModel,
         NemotronHPreTrainedModel,
     )
-    from .prompt_cache import PromptCache
-    from .publishing import publish
-    from .quantization import NemotronHQuantizationConfig
+    from .quantization.int8_int4 import NemotronHQuantizationConfig
+    from .training.lora import LoraCoverage, lora_config, lora_coverage
 
 _AUTO = {
     "NemotronHModel": AutoModel,
@@ -38,15 +39,23 @@ _AUTO = {
     "NemotronHForTokenClassification": AutoModelForTokenClassification,
 }
 _MODELS = (*_AUTO, "NemotronHPreTrainedModel")
-_LORA = ("LoraCoverage", "lora_config", "lora_coverage")
+_HOME = {
+    **dict.fromkeys(_MODELS, "modeling"),
+    **dict.fromkeys(("LoraCoverage", "lora_config", "lora_coverage"), "training.lora"),
+    "NemotronHCache": "cache.hybrid",
+    "NemotronHQuantizationConfig": "quantization.int8_int4",
+    "PromptCache": "generation.prompt_cache",
+    "publish": "hub.publish",
+}
+"""Where a name is imported from when it is first asked for."""
 
 
 def _register_models() -> None:
     import transformers
 
     from . import modeling
-    from . import quantization as quantization  # registers the method
 
+    import_module(f"{__name__}.quantization.int8_int4")  # registers the method
     for name, auto in _AUTO.items():
         auto.register(NemotronHConfig, getattr(modeling, name), exist_ok=True)
     # TRL and `transformers serve` look up the name in config.architectures in `transformers` itself; whoever wants the
@@ -64,34 +73,9 @@ _before_first_use.append(_register_models)
 
 
 def __getattr__(name: str) -> Any:
-    value: Any
-    if name == "NemotronHCache":
-        from . import cache
-
-        value = cache.NemotronHCache
-    elif name == "NemotronHQuantizationConfig":
-        from . import quantization
-
-        value = quantization.NemotronHQuantizationConfig
-    elif name in _LORA:
-        from . import lora
-
-        value = getattr(lora, name)
-    elif name == "PromptCache":
-        from . import prompt_cache
-
-        value = prompt_cache.PromptCache
-    elif name == "publish":
-        from . import publishing
-
-        value = publishing.publish
-    elif name in _MODELS:
-        from . import modeling
-
-        value = getattr(modeling, name)
-    else:
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     return value
 
 

@@ -40,8 +40,8 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from typing_extensions import Unpack
 
-from . import losses, mtp, ops, pieces
-from .cache import MambaLayer, NemotronHCache, Uninterrupted, cache_length, check_room, grows
+from . import mtp, ops
+from .cache.hybrid import MambaLayer, NemotronHCache, Uninterrupted, cache_length, check_room, grows
 from .checkpoints import published
 from .compat import (
     CACHE_NAME,
@@ -53,8 +53,11 @@ from .compat import (
     rename_cache_kwarg,
 )
 from .configuration import NemotronHConfig
-from .decoding import steps
-from .layers import (
+from .generation import chunked_prefill as pieces
+from .layers.fused import steps
+from .layers.masks import read_mask, remember_padding
+from .layers.packing import check_prompt, document_ids, embedded, padding_mask, same_document, varlen_kwargs
+from .layers.parts import (
     Float32Parameters,
     NemotronHConv1d,
     NemotronHRMSNorm,
@@ -64,10 +67,9 @@ from .layers import (
     project,
     residual_linear,
 )
-from .lora import check_no_prefix, check_no_virtual_tokens, let_peft_adapt
-from .masks import read_mask, remember_padding
-from .packing import check_prompt, document_ids, embedded, padding_mask, same_document, varlen_kwargs
-from .parallel import Distributed
+from .parallel.tensor import Distributed
+from .training import losses
+from .training.lora import check_no_prefix, check_no_virtual_tokens, let_peft_adapt
 
 _FORWARD_KWARGS = frozenset(
     {*TransformersKwargs.__optional_keys__, "return_dict", "debug_io", "debug_io_dir", "prune_layers"}
@@ -517,11 +519,11 @@ class NemotronHPreTrainedModel(Distributed, PreTrainedModel):
         """
         source = pretrained_model_name_or_path
         published.check_source(source, kwargs)
-        from . import modelopt_quantizer
+        from .quantization import modelopt as modelopt_quantizer
 
         modelopt_quantizer.prepare(kwargs.pop("quantized", None), source, kwargs)
         if (quantize := kwargs.pop("quantize", None)) is not None:
-            from .quantization import config_for
+            from .quantization.int8_int4 import config_for
 
             kwargs["quantization_config"] = config_for(quantize, source, kwargs)
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
@@ -1012,7 +1014,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
 
     @functools.wraps(GenerationMixin.init_continuous_batching)
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        from .batching import check
+        from .generation.batching import check
 
         check(self.config)
         return super().init_continuous_batching(*args, **kwargs)

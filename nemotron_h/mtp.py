@@ -31,11 +31,11 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from . import losses
-from .cache import ROLLBACK, NemotronHCache, cache_length
-from .layers import project
-from .masks import read_mask
-from .packing import document_ids, padding_mask
+from .cache.hybrid import ROLLBACK, NemotronHCache, cache_length
+from .layers.masks import read_mask
+from .layers.packing import document_ids, padding_mask
+from .layers.parts import project
+from .training import losses
 
 MOST = ROLLBACK // 2
 """Tokens to draft at a time, at most: what a Mamba layer takes back, the model's or the head's."""
@@ -102,7 +102,7 @@ def save_head(model: Any, path: str | Path) -> None:
     """
     from safetensors.torch import save_file
 
-    from .checkpoints.writing import whole
+    from .files import atomic_write
 
     check_head(model, "save_head")
     tensors: dict[str, Tensor] = {}
@@ -114,7 +114,7 @@ def save_head(model: Any, path: str | Path) -> None:
             tensors[name] = tensor.contiguous()
     metadata = {"format": "pt", _FORMAT: "1", "pattern": model.config.mtp_hybrid_override_pattern}
     metadata |= {"depths": str(model.mtp.depths), "ahead": str(_depths(model))}
-    with whole(Path(path)) as temporary:
+    with atomic_write(Path(path)) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
 

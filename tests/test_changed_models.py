@@ -24,9 +24,9 @@ from torch.overrides import TorchFunctionMode
 from transformers.activations import ReLUSquaredActivation
 
 from nemotron_h import NemotronHCache, modeling
-from nemotron_h.layers import NemotronHConv1d, NemotronHRMSNorm, NemotronHRMSNormGated
+from nemotron_h.layers.parts import NemotronHConv1d, NemotronHRMSNorm, NemotronHRMSNormGated
 from nemotron_h.ops import native
-from nemotron_h.quantization import config_for
+from nemotron_h.quantization.int8_int4 import config_for
 
 pytestmark = [pytest.mark.core, pytest.mark.skipif(native.library() is None, reason=native.reason())]
 

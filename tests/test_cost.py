@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from nemotron_h import NemotronHCache, ops, pieces
-from nemotron_h.cache import GrowingLayer
+from nemotron_h import NemotronHCache, ops
+from nemotron_h.cache.hybrid import GrowingLayer
+from nemotron_h.generation import chunked_prefill as pieces
 from nemotron_h.ops import native
 
 KERNELS = ("linear", "mamba_step", "attend", "rms_norm", "blocks")

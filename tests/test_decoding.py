@@ -13,9 +13,10 @@ from torch import nn
 from transformers import DynamicCache
 
 import nemotron_h.modeling
-from nemotron_h import NemotronHCache, decoding
+from nemotron_h import NemotronHCache
+from nemotron_h.layers import fused as decoding
 from nemotron_h.ops import native
-from nemotron_h.quantization import config_for
+from nemotron_h.quantization.int8_int4 import config_for
 
 pytestmark = [pytest.mark.core, pytest.mark.skipif(native.library() is None, reason=native.reason())]
 DTYPES = [torch.float32, torch.bfloat16]

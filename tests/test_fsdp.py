@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from nemotron_h import parallel
+from nemotron_h.parallel import tensor as parallel
 
 FAMILIES = ("dense", "moe", "latent", "tied")
 # An older transformers gives float32 parameters no FSDP2 groups of their own, and shards a model of one dtype alone.

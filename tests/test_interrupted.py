@@ -10,7 +10,7 @@ from families import relative_difference, small_model, tokens
 
 import nemotron_h.cache
 from nemotron_h import NemotronHCache, PromptCache
-from nemotron_h.cache import MambaLayer
+from nemotron_h.cache.hybrid import MambaLayer
 from nemotron_h.ops import native
 
 pytestmark = pytest.mark.core
@@ -109,7 +109,7 @@ def test_where_several_layers_are_one_call(model, monkeypatch, tmp_path):
 
 @torch.no_grad()
 def test_between_the_pieces_of_a_prompt(model, monkeypatch, tmp_path):
-    monkeypatch.setattr("nemotron_h.pieces.piece_length", lambda *_: 256)
+    monkeypatch.setattr("nemotron_h.generation.chunked_prefill.piece_length", lambda *_: 256)
     cache, seen = NemotronHCache(model.config), []
 
     def after_two(module, args, output):
@@ -205,7 +205,7 @@ def test_while_a_cache_is_changed(model, what, monkeypatch, tmp_path):
     argument = {"crop": -1, "batch_repeat_interleave": 2, "restore": snapshot}.get(what, torch.tensor([0]))
     with monkeypatch.context() as patch:
         if what == "restore":
-            patch.setattr("nemotron_h.snapshots._put_state", stop)
+            patch.setattr("nemotron_h.cache.files._put_state", stop)
         else:
             patch.setattr(last, "_map_rows" if what != "crop" else "update_conv_state", stop)
         with pytest.raises(Stop):

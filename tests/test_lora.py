@@ -17,13 +17,8 @@ import torch
 from families import relative_difference, small_model, tokens
 from transformers import AutoModelForCausalLM
 
-from nemotron_h import (
-    NemotronHForCausalLM,
-    NemotronHForSequenceClassification,
-    lora_config,
-    lora_coverage,
-    losses,
-)
+from nemotron_h import NemotronHForCausalLM, NemotronHForSequenceClassification, lora_config, lora_coverage
+from nemotron_h.training import losses
 
 peft = pytest.importorskip("peft", minversion="0.20", reason="stacked experts lie in memory as since PEFT 0.20")
 

@@ -5,7 +5,7 @@ import torch
 from families import small_config, small_model, tokens
 
 from nemotron_h import NemotronHForSequenceClassification, NemotronHForTokenClassification, PromptCache
-from nemotron_h.packing import document_ids, padding_mask, varlen_kwargs, whole_mask
+from nemotron_h.layers.packing import document_ids, padding_mask, varlen_kwargs, whole_mask
 
 pytestmark = pytest.mark.core
 X = torch.zeros(1, 7, 4)

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from nemotron_h import NemotronHCache, parallel
+from nemotron_h import NemotronHCache
+from nemotron_h.parallel import tensor as parallel
 
 pytestmark = pytest.mark.core
 

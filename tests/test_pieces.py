@@ -1,4 +1,5 @@
-"""nemotron_h/pieces.py: a row that goes through the model in pieces is the row that goes through whole (float64)."""
+"""generation/chunked_prefill.py: a row that goes through the model in pieces is the row that goes through whole
+(float64)."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 from families import FAMILIES, relative_difference, small_config, small_model, tokens
 
-from nemotron_h import NemotronHCache, pieces
+from nemotron_h import NemotronHCache
+from nemotron_h.generation import chunked_prefill as pieces
 
 pytestmark = pytest.mark.core
 TOLERANCE = 1e-9

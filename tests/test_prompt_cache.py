@@ -12,7 +12,8 @@ from families import relative_difference, small_model, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from nemotron_h import NemotronHCache, PromptCache, snapshots
+from nemotron_h import NemotronHCache, PromptCache
+from nemotron_h.cache import files as snapshots
 
 FAMILIES = ["dense", "moe", "latent", "mamba", "attention"]
 pytestmark = pytest.mark.core
@@ -294,7 +295,7 @@ def test_a_kept_state_is_nobodys_to_change():
 
 def test_what_is_too_large_is_said_once(monkeypatch):
     model, cache, said = small_model("dense"), PromptCache(max_bytes=100), []
-    monkeypatch.setattr("nemotron_h.prompt_cache.logger.warning", said.append)
+    monkeypatch.setattr("nemotron_h.generation.prompt_cache.logger.warning", said.append)
     for _ in range(2):
         assert torch.equal(plain(model, tokens(1, 9), prompt_cache=cache), plain(model, tokens(1, 9)))
     assert len(cache) == 0 and cache.nbytes == 0
@@ -490,7 +491,7 @@ def test_a_file_that_went_bad_after_it_was_found(what, good, tmp_path):
 def test_a_full_disk_does_not_stop_who_is_generating(small_disk, monkeypatch):
     """What does not fit into memory is then not kept; `flush`, which was asked to write, says so."""
     said, model, prompt = [], small_model("dense"), tokens(1, 20)
-    monkeypatch.setattr("nemotron_h.prompt_cache.logger.warning", said.append)
+    monkeypatch.setattr("nemotron_h.generation.prompt_cache.logger.warning", said.append)
     (small_disk / "other").write_bytes(b"x" * (os.statvfs(small_disk).f_bavail - 1) * os.statvfs(small_disk).f_bsize)
     expected = plain(model, prompt)
     assert torch.equal(plain(model, prompt, prompt_cache=PromptCache(max_bytes=0, folder=small_disk)), expected)

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nemotron_h
 from nemotron_h.bundled import WORD_PROBLEMS, held_out
-from nemotron_h.checkpoints import readers
-from nemotron_h.publishing import hub_id, model_card
+from nemotron_h.hub.publish import hub_id, model_card
+from nemotron_h.inspection import readers
 
 peft = pytest.importorskip("peft")
 

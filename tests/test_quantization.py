@@ -24,10 +24,10 @@ from nemotron_h import (
     NemotronHModel,
     NemotronHQuantizationConfig,
     ops,
-    quantization,
 )
 from nemotron_h.bundled import WORD_PROBLEMS, held_out, read_answer
-from nemotron_h.quantization import QuantizedExperts, QuantizedLinear
+from nemotron_h.quantization import int8_int4 as quantization
+from nemotron_h.quantization.int8_int4 import QuantizedExperts, QuantizedLinear
 
 BITS = {"int8": 8, "int4": 4}
 FAMILIES = ("dense", "moe", "latent", "mamba", "attention", "tied")
@@ -580,11 +580,12 @@ def test_weights_that_are_not_finite(folder, tmp_path):
 def test_registered_once_with_the_first_config():
     code = (
         "import nemotron_h, sys\n"
-        "assert 'nemotron_h.quantization' not in sys.modules\n"
+        "assert 'nemotron_h.quantization.int8_int4' not in sys.modules\n"
         "nemotron_h.NemotronHConfig()\n"
         "from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as configs\n"
         "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as quantizers\n"
-        "from nemotron_h import NemotronHQuantizationConfig, quantization\n"
+        "from nemotron_h import NemotronHQuantizationConfig\n"
+        "from nemotron_h.quantization import int8_int4 as quantization\n"
         "assert configs['nemotron_h_weight_only'] is NemotronHQuantizationConfig\n"
         "assert quantizers['nemotron_h_weight_only'] is quantization.NemotronHQuantizer\n"
         "quantization.register()\n"

@@ -12,7 +12,7 @@ import torch
 from families import randomise, relative_difference, small_config, small_model, tokens
 
 from nemotron_h import NemotronHCache
-from nemotron_h.cache import ROLLBACK, EmptyLayer, MambaLayer
+from nemotron_h.cache.hybrid import ROLLBACK, EmptyLayer, MambaLayer
 from nemotron_h.modeling import NemotronHMamba2Mixer
 
 FAMILIES = ["dense", "moe", "latent", "mamba"]

@@ -7,14 +7,7 @@ import pytest
 import torch
 
 from nemotron_h.configuration import NemotronHConfig
-from nemotron_h.sizes import (
-    Memory,
-    count_parameters,
-    dtype_bytes,
-    kv_bytes_per_token,
-    memory,
-    state_bytes_per_sequence,
-)
+from nemotron_h.sizes import Memory, count_parameters, dtype_bytes, kv_bytes_per_token, memory, state_bytes_per_sequence
 
 pytestmark = pytest.mark.core
 

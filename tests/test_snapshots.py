@@ -15,7 +15,8 @@ from families import relative_difference, small_model, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from nemotron_h import NemotronHCache, snapshots
+from nemotron_h import NemotronHCache
+from nemotron_h.cache import files as snapshots
 
 FAMILIES = ["dense", "moe", "latent", "mamba", "attention"]
 pytestmark = pytest.mark.core
@@ -563,7 +564,8 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_old_file(saved, tmp_path):
     old = path.read_bytes()
     script = textwrap.dedent("""
         import sys, time, torch, nemotron_h
-        from nemotron_h import NemotronHCache, NemotronHForCausalLM, snapshots
+        from nemotron_h import NemotronHCache, NemotronHForCausalLM
+        from nemotron_h.cache import files as snapshots
         torch.set_num_threads(1)
         model = NemotronHForCausalLM.from_pretrained(sys.argv[1]).eval()
         cache = NemotronHCache(model.config)
@@ -604,7 +606,7 @@ def test_a_save_that_fails_leaves_the_old_file(saved, monkeypatch):
         name.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("nemotron_h.snapshots.save_file", full)
+    monkeypatch.setattr("nemotron_h.cache.files.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         filled(model, ids).save(path, model=model)
     assert path.read_bytes() == old and os.listdir(path.parent) == [path.name]

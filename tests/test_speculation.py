@@ -13,10 +13,11 @@ from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausa
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.streamers import BaseStreamer
 
-from nemotron_h import NemotronHCache, NemotronHForCausalLM, pieces
+from nemotron_h import NemotronHCache, NemotronHForCausalLM
 from nemotron_h.bundled import WORD_PROBLEMS, held_out
-from nemotron_h.cache import DRAFT, ROLLBACK, GrowingLayer, MambaLayer
+from nemotron_h.cache.hybrid import DRAFT, ROLLBACK, GrowingLayer, MambaLayer
 from nemotron_h.compat import CACHE_NAME
+from nemotron_h.generation import chunked_prefill as pieces
 from nemotron_h.generation import speculation
 from nemotron_h.generation.speculation import Lookup, Speculation
 

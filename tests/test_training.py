@@ -19,7 +19,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from nemotron_h import NemotronHForCausalLM, losses
+from nemotron_h import NemotronHForCausalLM
+from nemotron_h.training import losses
 
 pytestmark = pytest.mark.core
 

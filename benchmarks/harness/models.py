@@ -21,7 +21,7 @@ from transformers.models.nemotron_h import modeling_nemotron_h as library
 
 from nemotron_h import NemotronHCache, NemotronHConfig, NemotronHForCausalLM, ops
 from nemotron_h.compat import CACHE_NAME
-from nemotron_h.pieces import piece_length
+from nemotron_h.generation.chunked_prefill import piece_length
 
 from .measure import seconds
 
@@ -340,7 +340,7 @@ def quantised(model: NemotronHForCausalLM, bits: int) -> NemotronHForCausalLM | 
     A weight's first rows are quantised and stand for all of its rows: no speed depends on the numbers.
     """
     try:
-        from nemotron_h.quantization import QuantizedLinear
+        from nemotron_h.quantization.int8_int4 import QuantizedLinear
     except ImportError:
         return None
     with torch.device("meta"):

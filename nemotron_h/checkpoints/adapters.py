@@ -31,10 +31,11 @@ from packaging.version import Version
 from torch import Tensor
 
 from ..configuration import NemotronHConfig
+from ..files import atomic_write
 from . import published
 from .foreign import read_json
 from .tensors import Entry, Plan, SafetensorsFolder, Shape, Spec
-from .writing import Conversion, Done, convert, copy_companions, whole, write_safetensors
+from .writing import Conversion, Done, convert, copy_companions, write_safetensors
 
 PREFIXES = ("model", "backbone")
 EXPERTS = ("stacked", "separate")
@@ -100,7 +101,7 @@ def conversion(
         copy_companions(source.path, folder)
         if (source.path / "README.md").exists():
             (folder / "README.md").write_bytes((source.path / "README.md").read_bytes())
-        with whole(folder / CONFIG) as temporary:
+        with atomic_write(folder / CONFIG) as temporary:
             temporary.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
     return Conversion("adapter", plan, write, [prefix, experts], remarks=remarks)

@@ -53,11 +53,12 @@ from torch import Tensor
 
 from ..config_values import check_layers
 from ..configuration import NemotronHConfig
+from ..files import atomic_write
 from . import gguf_tokenizer, huggingface, published
 from .foreign import plain, shown
 from .gguf_header import check_header
 from .tensors import Entry, Plan, Shape, Spec, Tensors, narrowed
-from .writing import SHARD_BYTES, Conversion, Done, convert, tensor_bytes, whole, write_safetensors
+from .writing import SHARD_BYTES, Conversion, Done, convert, tensor_bytes, write_safetensors
 
 OPTIONS = {
     "outtype": "f32, f16, bf16 (the default) or q8_0 for the matrices",
@@ -533,7 +534,7 @@ def _write_data(plan: Plan, header: bytes, path: Path, alignment: int, done: Don
                 file.flush()
                 os.fsync(file.fileno())
                 safe = ends[index + 1]
-                with whole(mark) as temporary:
+                with atomic_write(mark) as temporary:
                     temporary.write_text(str(safe))
         file.flush()
         os.fsync(file.fileno())

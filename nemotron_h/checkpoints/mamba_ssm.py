@@ -36,11 +36,12 @@ from torch import Tensor
 
 from ..config_values import check_layers
 from ..configuration import NemotronHConfig
+from ..files import atomic_write
 from . import published
 from .foreign import read_json, shown
 from .tensors import Entry, Plan, SafetensorsFolder, Shape, Spec, Tensors
 from .torch_files import check_archive
-from .writing import SHARD_BYTES, Conversion, Done, copy_companions, tensor_bytes, whole, write_safetensors
+from .writing import SHARD_BYTES, Conversion, Done, copy_companions, tensor_bytes, write_safetensors
 
 OPTIONS = {"shard_bytes": "the largest size of a file of the Hugging Face folder, in bytes"}
 WEIGHTS = "pytorch_model.bin"
@@ -163,7 +164,7 @@ def from_huggingface(path: str | Path) -> Conversion:
     def write(folder: Path, done: Done) -> None:
         write_torch_file(plan, folder / WEIGHTS, done, aliases)
         copy_companions(source.path, folder)
-        with whole(folder / "config.json") as temporary:
+        with atomic_write(folder / "config.json") as temporary:
             temporary.write_text(json.dumps(fields, indent=4) + "\n")
 
     return Conversion("mamba-ssm", plan, write)
@@ -565,7 +566,7 @@ def write_torch_file(plan: Plan, path: Path, done: Done, aliases: Mapping[str, s
     with FakeTensorMode():
         state_dict = {e.name: torch.empty(e.spec.shape, dtype=e.spec.dtype) for e in plan.entries}
     state_dict |= {alias: state_dict[name] for alias, name in aliases.items()}
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         with open(temporary, "wb") as opened, skip_data(materialize_fake_tensors=True):
             torch.save(state_dict, opened)
         with zipfile.ZipFile(temporary) as archive:

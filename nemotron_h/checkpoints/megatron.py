@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from ..configuration import NemotronHConfig
+from ..files import atomic_write
 from .foreign import inside, plain, read_json, shown, sound
 from .megatron_names import (
     ITERATION,
@@ -57,7 +58,7 @@ from .megatron_names import (
 from .published import PublishedFolder, tensors
 from .tensors import Entry, Plan, Shape, Spec
 from .torch_files import Unpickler, load
-from .writing import SHARD_BYTES, Conversion, Done, copy_companions, into_shards, whole, write_safetensors
+from .writing import SHARD_BYTES, Conversion, Done, copy_companions, into_shards, write_safetensors
 
 OPTIONS = {
     "config": "config.json of the model, where the checkpoint has no Megatron arguments",
@@ -352,7 +353,7 @@ def from_huggingface(
         _write_tensors(plan, inner, done, shard_bytes)
         common = {"args": argparse.Namespace(**args), "checkpoint_version": 3.0, "iteration": ITERATION}
         common["content_metadata"] = {"singleton_local_shards": experts == "sequential"}
-        with whole(inner / "common.pt") as temporary:
+        with atomic_write(inner / "common.pt") as temporary:
             torch.save(common, temporary)
         backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         backends |= {"common_backend": "torch", "common_backend_version": 1}
@@ -405,14 +406,14 @@ def _write_tensors(plan: Plan, folder: Path, done: Done, shard_bytes: int) -> No
             done(sum(entry.spec.nbytes for entry in entries))
         else:
             places = []
-            with whole(path) as temporary, open(temporary, "wb") as file:
+            with atomic_write(path) as temporary, open(temporary, "wb") as file:
                 for entry, item in zip(entries, save.items, strict=True):
                     began = file.tell()
                     assert item.tensor_data is not None
                     torch.save(_alone(entry.read(plan.source)).reshape(item.tensor_data.chunk.sizes), file)
                     places.append((began, file.tell() - began))
                     done(entry.spec.nbytes)
-            with whole(kept) as temporary:
+            with atomic_write(kept) as temporary:
                 temporary.write_text(json.dumps(places))
         written: list[tuple[WriteItem, tuple[int, int]]] = list(zip(save.items, places, strict=True))
         results.append(

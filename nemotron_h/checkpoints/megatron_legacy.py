@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from ..configuration import NemotronHConfig
+from ..files import atomic_write
 from .foreign import shown
 from .megatron_names import (
     EXPERT_NAMES,
@@ -60,7 +61,7 @@ from .megatron_names import (
 from .published import PublishedFolder, tensors
 from .tensors import Entry, Plan, Shape, Spec
 from .torch_files import load
-from .writing import SHARD_BYTES, Conversion, Done, copy_companions, whole, write_safetensors
+from .writing import SHARD_BYTES, Conversion, Done, copy_companions, write_safetensors
 
 OPTIONS = {
     "config": "config.json of the model, where the checkpoint has no Megatron arguments",
@@ -306,7 +307,7 @@ def _write_rank(source: PublishedFolder, entries: list[Entry], args: dict[str, A
         "iteration": ITERATION,
         "model": model,
     }
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         with open(temporary, "wb") as file:
             with torch.serialization.skip_data(materialize_fake_tensors=True):
                 torch.save(contents, file)

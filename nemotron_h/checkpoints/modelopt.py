@@ -36,13 +36,14 @@ import torch
 from torch import Tensor
 
 from ..configuration import NemotronHConfig
-from ..ops import low_precision
-from ..ops.low_precision import FP8, GROUP, NVFP4
+from ..files import atomic_write
+from ..ops import fp8_nvfp4 as low_precision
+from ..ops.fp8_nvfp4 import FP8, GROUP, NVFP4
 from . import published
 from .foreign import read_json
 from .published import PublishedFolder
 from .tensors import Entry, Plan, Shape, Spec
-from .writing import SHARD_BYTES, Conversion, Done, copy_companions, whole, write_safetensors
+from .writing import SHARD_BYTES, Conversion, Done, copy_companions, write_safetensors
 
 SIDECAR = "hf_quant_config.json"
 QUANT_METHOD = "modelopt"
@@ -401,7 +402,7 @@ def from_huggingface(
     folder.config.quantization_config = quantization_config(to, summary)
 
     def write(dest: Path, done: Done) -> None:
-        with whole(dest / SIDECAR) as temporary:
+        with atomic_write(dest / SIDECAR) as temporary:
             temporary.write_text(json.dumps(_sidecar(to, summary), indent=2) + "\n", encoding="utf-8")
         _write(plan, folder.config, dest, done, shard_bytes)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..files import atomic_write, cause, disk_full, is_full
 from .tensors import DTYPES, Entry, Plan, Tensors
 
 try:
@@ -41,7 +41,6 @@ Done = Callable[[int], None]
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MARK = ".conversion"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass
@@ -141,11 +140,11 @@ def _staged(dest: Path, fingerprint: str, file: str | None) -> Iterator[Path]:
             shutil.rmtree(folder)  # of the source or an option: there is nothing to go on with
             raise
         except (OSError, RuntimeError) as error:
-            cause = _cause(error)
-            if _is_full(cause):
-                raise _full(dest, f"make room and run it again: it goes on from {folder}") from error
-            if cause is not error:
-                raise cause from None
+            stopped_by = cause(error)
+            if is_full(stopped_by):
+                raise disk_full(dest, f"make room and run it again: it goes on from {folder}") from error
+            if stopped_by is not error:
+                raise stopped_by from None
             raise
         check_free(dest)  # it may be somebody's by now
         if file is None:
@@ -158,41 +157,6 @@ def _staged(dest: Path, fingerprint: str, file: str | None) -> Iterator[Path]:
             shutil.rmtree(folder)
 
 
-def _cause(error: BaseException) -> BaseException:
-    """What stopped the writing: `torch.save` raises a RuntimeError over it."""
-    while isinstance(error, RuntimeError) and error.__context__ is not None:
-        error = error.__context__
-    return error
-
-
-def _is_full(error: BaseException) -> bool:
-    """Whether a disk had no room: safetensors and tokenizers, which are Rust, say it in words alone."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in _NO_ROOM
-    return any(f"(os error {number})" in str(error) for number in _NO_ROOM)
-
-
-def _full(dest: Path, remedy: str) -> OSError:
-    full = OSError(f"The disk of {dest} is full; {remedy}.")
-    full.errno = errno.ENOSPC  # for those further out; the text stays the sentence
-    return full
-
-
-@contextmanager
-def said_if_full(dest: Path) -> Iterator[None]:
-    """A full disk is said in a sentence, whoever of the writers stumbles on it.
-
-    Raises:
-        OSError: the disk is full.
-    """
-    try:
-        yield
-    except Exception as error:
-        if _is_full(_cause(error)):
-            raise _full(dest, "make room and run it again") from error
-        raise
-
-
 def companions(source: Path) -> list[Path]:
     """The files of `COMPANIONS` that a folder has."""
     return sorted({file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()})
@@ -201,25 +165,6 @@ def companions(source: Path) -> list[Path]:
 def copy_companions(source: Path, folder: Path) -> None:
     for file in companions(source):
         shutil.copy2(file, folder / file.name)
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A temporary name in the folder of `path`; what is written there becomes `path` at the end, or is removed.
-
-    Raises:
-        OSError: it cannot be written; where the disk is full, that sentence.
-    """
-    temporary = path.with_name(f".{path.name}.writing")
-    if temporary.is_symlink() or not (temporary.is_file() or not temporary.exists()):
-        raise ValueError(f"{temporary} is in the way of {path}, and is no file that was begun here: take it away.")
-    try:
-        with said_if_full(path):
-            yield temporary
-            os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_safetensors(plan: Plan, folder: Path, done: Done, shard_bytes: int = SHARD_BYTES) -> None:
@@ -232,12 +177,12 @@ def write_safetensors(plan: Plan, folder: Path, done: Done, shard_bytes: int = S
         if (folder / name).exists():
             done(sum(entry.spec.nbytes for entry in entries))
             continue
-        with whole(folder / name) as temporary:
+        with atomic_write(folder / name) as temporary:
             _write_shard(plan.source, entries, temporary, done)
     if len(shards) > 1:
         weight_map = {entry.name: name for name, entries in zip(names, shards, strict=True) for entry in entries}
         index = {"metadata": {"total_size": plan.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
-        with whole(folder / "model.safetensors.index.json") as temporary:
+        with atomic_write(folder / "model.safetensors.index.json") as temporary:
             temporary.write_text(json.dumps(index, indent=2) + "\n")
 
 

@@ -123,7 +123,7 @@ def prefill_shown() -> Iterator[None]:
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ..pieces import watched
+    from ..generation.chunked_prefill import watched
 
     columns = (TextColumn("prompt"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True)

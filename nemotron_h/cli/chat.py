@@ -51,7 +51,7 @@ def run(
     check_text(system or "", "--system")
     chat = load_chat(model, dtype, device)
     from ..generation.conversation import Conversation
-    from ..prompt_cache import PromptCache
+    from ..generation.prompt_cache import PromptCache
 
     if seed is not None:
         from transformers import set_seed

@@ -14,7 +14,7 @@ from rich.text import Text
 from .arguments import JsonOption
 
 if TYPE_CHECKING:
-    from ..checkpoints.readers import Verdict
+    from ..inspection.readers import Verdict
 
 NAME = "doctor"
 HELP = (
@@ -30,7 +30,7 @@ def run(
 ) -> None:
     import transformers
 
-    from ..checkpoints.readers import examine, reader_of_transformers
+    from ..inspection.readers import examine, reader_of_transformers
 
     verdicts = examine(folder)
     installed = reader_of_transformers(transformers.__version__)

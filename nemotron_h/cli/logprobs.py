@@ -15,7 +15,7 @@ import typer
 from .arguments import DeviceOption, DtypeOption, JsonOption, check_dtype, decoded, find_model, hub_named
 
 if TYPE_CHECKING:
-    from ..logprobs import Comparison, Dump
+    from ..inspection.logprobs import Comparison, Dump
 
 NAME = "logprobs"
 HELP = (
@@ -51,7 +51,7 @@ def run(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    from .. import logprobs
+    from ..inspection import logprobs
 
     if other is not None and compare is not None:
         raise ValueError(f"There are two files to compare with, {other} and {compare}; name one.")
@@ -118,8 +118,8 @@ def _record(name: str, text: _Text, theirs: Dump | None, layers: bool, dtype: st
     check_dtype(dtype)
     from transformers.utils import logging
 
-    from .. import logprobs
     from ..generation.chat import Chat
+    from ..inspection import logprobs
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

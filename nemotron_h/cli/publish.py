@@ -47,7 +47,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     from ..checkpoints.foreign import check_folder
-    from ..publishing import hub_id, publish
+    from ..hub.publish import hub_id, publish
 
     if source.is_dir():
         check_folder(source)
@@ -110,7 +110,7 @@ def _base(source: Path, given: str | None) -> str:
         return base
     if given is not None:
         return given
-    from ..publishing import hub_id
+    from ..hub.publish import hub_id
 
     if base is None or hub_id(base) != base or not _in_the_cache(base):
         raise ValueError(
@@ -134,7 +134,7 @@ def _load(source: Path, base: str | None, merge: bool, local: bool) -> Any:
 
     import nemotron_h  # noqa: F401 - registers the family
 
-    from ..publishing import TASKS
+    from ..hub.publish import TASKS
 
     logging.set_verbosity_error()
     if not sys.stderr.isatty():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..configuration import NemotronHConfig
-    from ..quantization import NemotronHQuantizationConfig
+    from ..quantization.int8_int4 import NemotronHQuantizationConfig
 
 NAME = "quantize"
 HELP = "Write a model in 8 or 4 bits to a folder, which loads like any other, and say how near it comes."
@@ -46,7 +46,7 @@ def run(
     from ..checkpoints.writing import check_free
 
     check_free(dest)
-    from ..quantization import BITS, NemotronHQuantizationConfig, weight_bytes
+    from ..quantization.int8_int4 import BITS, NemotronHQuantizationConfig, weight_bytes
 
     if to not in BITS:
         raise ValueError(f"There is no --to {to}; write --to int8 or --to int4.")
@@ -93,7 +93,7 @@ def _write(path: str, local: bool, dest: Path, wanted: NemotronHQuantizationConf
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    from ..checkpoints.writing import said_if_full
+    from ..files import said_if_full
 
     with _whole_or_nothing(dest) as folder:
         model = AutoModelForCausalLM.from_pretrained(path, quantization_config=wanted, local_files_only=local)
@@ -141,7 +141,7 @@ def _compare(path: str, local: bool, logits: Tensor) -> dict[str, float]:
     """Against the source itself, loaded now: the two are never in memory together."""
     from transformers import AutoModelForCausalLM
 
-    from ..quantization import agreement
+    from ..quantization.int8_int4 import agreement
 
     model = AutoModelForCausalLM.from_pretrained(path, local_files_only=local)
     divergence, same = agreement(logits, _logits(model, logits.shape[-1]))

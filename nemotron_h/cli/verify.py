@@ -18,7 +18,7 @@ from .arguments import JsonOption, check_dtype
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..checkpoints.compare import Comparison, Recording
+    from ..inspection.compare import Comparison, Recording
 
 NAME = "verify"
 HELP = (
@@ -46,9 +46,9 @@ def run(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    from ..checkpoints import compare
     from ..checkpoints.foreign import sound
     from ..generation.chat import check_text
+    from ..inspection import compare
 
     check_dtype(dtype)
     check_text(text or "", "--text")
@@ -116,7 +116,8 @@ def _keep_quiet() -> None:
 
 def _prepare(path: Path, scratch: Path) -> Path:
     """What can be loaded or read: `path` itself, or the folder that a foreign format becomes."""
-    from ..checkpoints import compare, formats, writing
+    from ..checkpoints import formats, writing
+    from ..inspection import compare
 
     if compare.is_recording(path):
         return path

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..prompt_cache import PromptCache
 from .chat import Chat, Reply, check_text, render_messages
+from .prompt_cache import PromptCache
 from .reasoning import ReasoningStreamer, reasoning_switch, switch_reasoning
 
 

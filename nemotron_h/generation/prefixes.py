@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache import NemotronHCache
+from ..cache.hybrid import NemotronHCache
 from ..compat import CACHE_NAME, rename_cache_kwarg
-from ..prompt_cache import PromptCache, owner_of
+from .prompt_cache import PromptCache, owner_of
 
 _ROWS = "a prompt cache keeps the state of one text at a time"
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers.generation.candidate_generator import AssistedCandidateGenerator, CandidateGenerator
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from ..cache import DRAFT, ROLLBACK, EmptyLayer, MambaLayer, NemotronHCache, Uninterrupted
+from ..cache.hybrid import DRAFT, ROLLBACK, EmptyLayer, MambaLayer, NemotronHCache, Uninterrupted
 from ..compat import CACHE_NAME, with_every_cache_name
-from ..layers import project
+from ..layers.parts import project
 
 FIRST = ROLLBACK // 4
 """The longest draft that the step which sees the prompt checks: a long prompt comes in pieces, and the last one may be

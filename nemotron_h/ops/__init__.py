@@ -5,13 +5,13 @@ from .causal_conv import causal_conv
 from .cross_entropy import linear_cross_entropy
 from .documents import document_index
 from .experts import routed_experts
-from .gated_norm import gated_rms_norm, rms_norm
+from .fp8_nvfp4 import low_precision_experts_linear, low_precision_linear
+from .int8_int4 import dequantize_weight, quantize_weight, quantized_experts_linear, quantized_linear
 from .linear import linear
-from .low_precision import low_precision_experts_linear, low_precision_linear
 from .mamba_step import FEW_TOKENS, mamba_step
 from .moe import router
+from .norms import gated_rms_norm, rms_norm
 from .precision import without_autocast
-from .quantized import dequantize_weight, quantize_weight, quantized_experts_linear, quantized_linear
 from .ssd import DEFAULT_CHUNK_SIZE, ssd, ssd_step, time_step
 
 __all__ = [

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends, native
+from . import cuda_kernels as backends
+from . import native
 from .blocks import BLOCK, in_blocks, wants_gradient
 from .documents import document_index
 from .precision import compute_dtype

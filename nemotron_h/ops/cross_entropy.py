@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends
+from . import cuda_kernels as backends
 from .linear import multiplies
 from .precision import compute_dtype, without_autocast
 

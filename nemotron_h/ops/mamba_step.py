@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, native
+from . import cuda_kernels as backends
+from . import native
 from .blocks import wants_gradient
 from .causal_conv import causal_conv
-from .gated_norm import gated_rms_norm
+from .norms import gated_rms_norm
 from .ssd import time_step
 
 FEW_TOKENS = 16

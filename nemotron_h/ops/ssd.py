@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends
+from . import cuda_kernels as backends
 from .blocks import wants_gradient
 from .documents import document_index
 from .precision import compute_dtype, without_autocast

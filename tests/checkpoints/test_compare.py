@@ -10,7 +10,7 @@ from families import small_model, tokens
 from safetensors.torch import load_file, save_file
 
 from nemotron_h import NemotronHForCausalLM
-from nemotron_h.checkpoints.compare import Recording, compare, is_recording, read_recording, record
+from nemotron_h.inspection.compare import Recording, compare, is_recording, read_recording, record
 
 ORACLE = Path(__file__).parents[1] / "data" / "oracle" / "dense"
 IDS = tokens(1, 23)[0]
@@ -146,7 +146,7 @@ def test_what_cannot_be_compared(folder, tmp_path):
 
 def test_long_texts_are_taken_whole(folder, monkeypatch):
     """Where the model takes a text in pieces, what is recorded is the whole of it."""
-    from nemotron_h import pieces
+    from nemotron_h.generation import chunked_prefill as pieces
 
     whole = record(folder, IDS)
     monkeypatch.setattr(pieces, "wanted", lambda *args, **kwargs: 8)

@@ -23,7 +23,7 @@ from nemotron_h.bundled import WORD_PROBLEMS, held_out, read_answer
 from nemotron_h.checkpoints import formats, published
 from nemotron_h.checkpoints.tensors import Entry
 from nemotron_h.checkpoints.writing import convert
-from nemotron_h.modelopt_quantizer import LowPrecisionExperts, LowPrecisionLinear
+from nemotron_h.quantization.modelopt import LowPrecisionExperts, LowPrecisionLinear
 
 # Inputs are multiples of 16 here, as in every published model; one latent width is 16, where a row has a single block.
 SIZES = {"moe_latent_size": 16, "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 48}

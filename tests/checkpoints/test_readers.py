@@ -13,9 +13,11 @@ from transformers import PreTrainedConfig
 from transformers import __version__ as transformers_version
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM as LibraryModel
 
-from nemotron_h import NemotronHConfig, NemotronHForCausalLM, publishing
+from nemotron_h import NemotronHConfig, NemotronHForCausalLM
 from nemotron_h.bundled import WORD_PROBLEMS
-from nemotron_h.checkpoints import formats, readers, writing
+from nemotron_h.checkpoints import formats, writing
+from nemotron_h.hub import publish as publishing
+from nemotron_h.inspection import readers
 
 LibraryConfig = LibraryModel.config_class
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"

@@ -280,7 +280,7 @@ def test_a_result_that_is_one_file(source, tmp_path):
     plan = conversion(source).plan
 
     def write(folder, done):
-        with writing.whole(folder / "result.bin") as temporary:
+        with writing.atomic_write(folder / "result.bin") as temporary:
             temporary.write_bytes(b"whole")
             done(plan.nbytes)
 
@@ -302,7 +302,7 @@ def test_one_file_does_not_go_where_a_folder_is(source, tmp_path, monkeypatch):
 
 
 def test_half_a_file_is_removed(tmp_path):
-    with pytest.raises(KeyboardInterrupt), writing.whole(tmp_path / "file") as temporary:
+    with pytest.raises(KeyboardInterrupt), writing.atomic_write(tmp_path / "file") as temporary:
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
@@ -323,7 +323,7 @@ def test_half_a_file_is_removed(tmp_path):
 )
 def test_a_full_disk_whoever_says_so(tmp_path, stop, full):
     (tmp_path / "file").write_text("old")
-    with pytest.raises(OSError if full else type(stop)) as error, writing.whole(tmp_path / "file") as temporary:
+    with pytest.raises(OSError if full else type(stop)) as error, writing.atomic_write(tmp_path / "file") as temporary:
         temporary.write_text("half")
         raise stop
     sentence = f"The disk of {tmp_path / 'file'} is full; make room and run it again."
@@ -336,7 +336,7 @@ def test_a_full_disk_within_a_conversion(source, tmp_path):
     wrong = conversion(source)
 
     def write(folder, done):
-        with writing.whole(folder / "a"):
+        with writing.atomic_write(folder / "a"):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     wrong.write = write
@@ -430,6 +430,6 @@ def test_what_came_to_the_destination_meanwhile_is_left_there(source, tmp_path):
 def test_a_temporary_name_that_is_a_link_is_not_written_through(tmp_path):
     (tmp_path / "precious").write_text("mine")
     (tmp_path / ".file.writing").symlink_to(tmp_path / "precious")
-    with pytest.raises(ValueError, match="in the way"), writing.whole(tmp_path / "file") as temporary:
+    with pytest.raises(ValueError, match="in the way"), writing.atomic_write(tmp_path / "file") as temporary:
         temporary.write_text("lost")
     assert (tmp_path / "precious").read_text() == "mine" and (tmp_path / ".file.writing").is_symlink()

@@ -40,7 +40,7 @@ def _main(path: str) -> None:
     from typer.testing import CliRunner
 
     import nemotron_h
-    from nemotron_h.checkpoints import compare, formats, gguf, readers  # noqa: F401
+    from nemotron_h.checkpoints import formats, gguf  # noqa: F401
     from nemotron_h.cli import app
 
     torch.set_num_threads(1)

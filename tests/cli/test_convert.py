@@ -30,7 +30,7 @@ def stand_in():
         plan = Plan(source, entries)
 
         def write(folder, done):
-            with writing.whole(folder / "twin.safetensors") as temporary:
+            with writing.atomic_write(folder / "twin.safetensors") as temporary:
                 save_file({entry.name: entry.read(source) for entry in entries}, temporary)
             done(plan.nbytes)
 

@@ -5,7 +5,7 @@ from transformers import __version__
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM as LibraryModel
 
 from nemotron_h.bundled import WORD_PROBLEMS
-from nemotron_h.checkpoints.readers import reader_of_transformers
+from nemotron_h.inspection.readers import reader_of_transformers
 
 
 @pytest.fixture(scope="module")

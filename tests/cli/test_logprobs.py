@@ -10,7 +10,7 @@ from families import small_model, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nemotron_h import logprobs
+from nemotron_h.inspection import logprobs
 
 IDS = [5, 9, 7, 11, 3]
 VALUES = [None, -0.5, -1.25, -3.0, -0.125]

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from nemotron_h import NemotronHForSequenceClassification, publishing
+from nemotron_h import NemotronHForSequenceClassification
+from nemotron_h.hub import publish as publishing
 
 TENSORS = "model.safetensors"
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemotron_h import NemotronHConfig, NemotronHForCausalLM
-from nemotron_h.quantization import QuantizedLinear, agreement
+from nemotron_h.quantization.int8_int4 import QuantizedLinear, agreement
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from real_packages import DEVICE, torch_only
 
 import nemotron_h.modeling
 from nemotron_h import NemotronHCache
-from nemotron_h.ops import backends
+from nemotron_h.ops import cuda_kernels as backends
 
 MAMBA_LAYERS = 2
 PROMPT, NEW = 9, 4

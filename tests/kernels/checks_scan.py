@@ -12,7 +12,8 @@ from real_packages import DEVICE
 from torch.nn import functional as F
 
 from nemotron_h import ops
-from nemotron_h.ops import backends, reference
+from nemotron_h.ops import cuda_kernels as backends
+from nemotron_h.ops import reference
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CHUNK = 16

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nemotron_h.ops import backends, native
+from nemotron_h.ops import cuda_kernels as backends
+from nemotron_h.ops import native
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 CALLS: Counter[str] = Counter()

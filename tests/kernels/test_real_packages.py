@@ -1,4 +1,4 @@
-"""mamba-ssm's and causal-conv1d's own functions through the adapters of nemotron_h/ops/backends.py.
+"""mamba-ssm's and causal-conv1d's own functions through the adapters of nemotron_h/ops/cuda_kernels.py.
 
 Each file of checks runs in a process of its own: Triton must be told to interpret before it is imported, torch behaves
 differently where Triton can be imported, and the rest of the suite must not find the packages. Without a GPU they are

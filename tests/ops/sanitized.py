@@ -47,7 +47,7 @@ def inside() -> None:
 
     from nemotron_h import NemotronHCache, ops
     from nemotron_h.ops import native
-    from nemotron_h.quantization import config_for
+    from nemotron_h.quantization.int8_int4 import config_for
 
     native._FLAGS = (*(flag for flag in native._FLAGS if flag != "-O3"), "-O1", *FLAGS)  # type: ignore[assignment]
     assert native.library() is not None, native.reason()

@@ -1,4 +1,4 @@
-"""nemotron_h/ops/backends.py: what is chosen and said.
+"""nemotron_h/ops/cuda_kernels.py: what is chosen and said.
 
 There is no GPU here: functions with the packages' signatures, which nothing calls, take the kernels' place. What the
 packages' own compute through the adapters is tested in tests/kernels.
@@ -16,7 +16,7 @@ import torch
 from comparing import random
 
 from nemotron_h import ops
-from nemotron_h.ops import backends
+from nemotron_h.ops import cuda_kernels as backends
 
 CUDA, CPU, BF16, F32 = torch.device("cuda"), torch.device("cpu"), torch.bfloat16, torch.float32
 B, L, H, P, G, N, C, K = 2, 9, 4, 3, 2, 5, 8, 4

@@ -1,4 +1,4 @@
-"""nemotron_h/ops/gated_norm.py."""
+"""nemotron_h/ops/norms.py."""
 
 from __future__ import annotations
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nemotron_h.ops import low_precision, low_precision_experts_linear, low_precision_linear, quantized
-from nemotron_h.ops.low_precision import dequantize_fp8, dequantize_nvfp4, quantize_fp8, quantize_nvfp4
+from nemotron_h.ops import fp8_nvfp4 as low_precision
+from nemotron_h.ops import int8_int4 as quantized
+from nemotron_h.ops import low_precision_experts_linear, low_precision_linear
+from nemotron_h.ops.fp8_nvfp4 import dequantize_fp8, dequantize_nvfp4, quantize_fp8, quantize_nvfp4
 
 # Significant bits and the exponent of the smallest normal number.
 FORMATS = {torch.bfloat16: (8, -126), torch.float16: (11, -14), torch.float32: (24, -126), torch.float64: (53, -1022)}

@@ -5,7 +5,7 @@ import torch
 from comparing import assert_same, error, random
 
 from nemotron_h import ops
-from nemotron_h.ops import quantized
+from nemotron_h.ops import int8_int4 as quantized
 
 BITS = (8, 4)
 # below, at, above and between the multiples of a packed block and of a vector

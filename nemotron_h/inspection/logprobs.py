@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checkpoints.foreign import plain
+from ..checkpoints.foreign import plain
 
 FORMAT = "nemotron-h logprobs"
 _LEAST = -9999.0
@@ -61,7 +61,7 @@ class Dump:
         Raises:
             ValueError: `path` is there already.
         """
-        from .checkpoints.writing import whole
+        from ..files import atomic_write
 
         path = Path(path)
         if path.exists():
@@ -76,7 +76,7 @@ class Dump:
             for each in self.layers
         ]
         content = {"format": FORMAT, **self.facts, "tokens": rows, "layers": layers}
-        with whole(path) as temporary:
+        with atomic_write(path) as temporary:
             text = json.dumps(content, ensure_ascii=False, allow_nan=False)
             temporary.write_text(text + "\n", encoding="utf-8")
 
@@ -212,7 +212,7 @@ def read(path: str | Path) -> Dump:
         dump = _parse(content)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise ValueError(
-            f"{path} has log-probabilities in an unknown shape ({error!r}); see nemotron_h.logprobs."
+            f"{path} has log-probabilities in an unknown shape ({error!r}); see nemotron_h.inspection.logprobs."
         ) from error
     if dump is None:
         raise ValueError(

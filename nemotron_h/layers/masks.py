@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.utils.import_utils import is_tracing
 
-from .cache import NemotronHCache, cache_length
+from ..cache.hybrid import NemotronHCache, cache_length
 from .packing import whole_mask
 
 # Half precision's own -10000 is -9984; -65504 and what is below is meant as minus infinity.

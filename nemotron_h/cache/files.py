@@ -26,14 +26,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import StaticLayer
 
-from ._version import __version__
-from .cache import GrowingLayer, MambaLayer, NemotronHCache, check_whole
-from .checkpoints.tensors import DTYPES, Shape, Spec
-from .checkpoints.writing import whole
-from .kv_quantization import is_quantised
+from .._version import __version__
+from ..checkpoints.tensors import DTYPES, Shape, Spec
+from ..files import atomic_write
+from .hybrid import GrowingLayer, MambaLayer, NemotronHCache, check_whole
+from .quantized import is_quantised
 
 if TYPE_CHECKING:
-    from .configuration import NemotronHConfig
+    from ..configuration import NemotronHConfig
 
 Pair = tuple[Tensor, Tensor]
 
@@ -454,7 +454,7 @@ def write(
         "token_count": str(snapshot.length),
         "tokens": "" if ids is None else _ids_digest(ids),
     }
-    with whole(Path(path)) as temporary:
+    with atomic_write(Path(path)) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
 

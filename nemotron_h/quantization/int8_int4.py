@@ -28,10 +28,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import is_torchao_available
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from . import ops
-from .configuration import NemotronHConfig
-from .modeling import NemotronHExperts, NemotronHForCausalLM
-from .ops.quantized import packed_dtypes, packed_shapes
+from .. import ops
+from ..configuration import NemotronHConfig
+from ..modeling import NemotronHExperts, NemotronHForCausalLM
+from ..ops.int8_int4 import packed_dtypes, packed_shapes
 
 QUANT_METHOD = "nemotron_h_weight_only"
 BITS = {"int8": 8, "int4": 4}

@@ -29,10 +29,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints import published
+from ..checkpoints.foreign import read_json, sound
+from ..checkpoints.tensors import SafetensorsFolder, Shape, Spec
 from ..configuration import NemotronHConfig, parse_layers
-from . import published
-from .foreign import read_json, sound
-from .tensors import SafetensorsFolder, Shape, Spec
 
 _STACKED = re.compile(r"(backbone|model|mtp)\.layers\.\d+\.mixer\.experts\.(up_proj|down_proj)")
 _LETTERS = frozenset("M*-E")

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .cache import NemotronHCache
-from .snapshots import (
+from ..cache.files import (
     Origin,
     Pair,
     Snapshot,
@@ -37,6 +36,7 @@ from .snapshots import (
     take,
     write,
 )
+from ..cache.hybrid import NemotronHCache
 
 logger = logging.get_logger(__name__)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
-from . import ops
+from .. import ops
 
 
 def parameter_dtype() -> torch.dtype:

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoints.writing import check_free, said_if_full, whole
+from ..checkpoints.writing import check_free
+from ..files import atomic_write, said_if_full
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -240,7 +241,7 @@ def _write(model: Any, inner: Any, folder: Path, tokenizer: Any, adapters_base: 
             fields["auto_mapping"], fields["task_type"] = None, fields.get("task_type") or _task(inner)[2]
         if file.name == "config.json":
             fields["use_cache"] = True  # trainers switch it off, and whoever generates would compute all again
-        with whole(file) as temporary:
+        with atomic_write(file) as temporary:
             text = json.dumps(_public(fields), indent=2, ensure_ascii=False)
             temporary.write_text(text + "\n", encoding="utf-8")
 
@@ -314,7 +315,7 @@ def _number(value: float | str) -> str:
 
 
 def _what(model: Any, adapter: bool, base_model: str | None, data: Sequence[str]) -> str:
-    from .configuration import LAYER_KINDS
+    from ..configuration import LAYER_KINDS
 
     config = (model.get_base_model() if adapter else model).config
     counts = {kind: config.layers_block_type.count(kind) for kind in LAYER_KINDS}
@@ -370,8 +371,8 @@ def _own_quantisation(inner: Any, adapter: bool) -> str | None:
 
     A base that was quantised while it was loaded is plain where others have it.
     """
-    from .checkpoints.modelopt import QUANT_METHOD as MODELOPT
-    from .quantization import QUANT_METHOD
+    from ..checkpoints.modelopt import QUANT_METHOD as MODELOPT
+    from ..quantization.int8_int4 import QUANT_METHOD
 
     stored = getattr(inner.config, "quantization_config", None)
     method = stored.get("quant_method") if isinstance(stored, Mapping) else getattr(stored, "quant_method", None)
@@ -387,7 +388,7 @@ def _stored_packed(inner: Any) -> bool:
 def _chat_format(tokenizer: Any) -> str:
     if not tokenizer.chat_template:
         return "## Format\n\nThere is no chat template: prompts are continued as they are.\n"
-    from .generation.reasoning import switch_reasoning
+    from ..generation.reasoning import switch_reasoning
 
     shown = {}
     for think in (True, False):

@@ -24,11 +24,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 from transformers.activations import ReLUSquaredActivation
 
-from .cache import GrowingLayer, MambaLayer
-from .layers import NemotronHConv1d, NemotronHRMSNorm, NemotronHRMSNormGated, is_called_plainly
-from .ops import FEW_TOKENS, native
-from .ops.linear import few_rows
-from .ops.quantized import packed_dtypes, packed_shapes
+from ..cache.hybrid import GrowingLayer, MambaLayer
+from ..ops import FEW_TOKENS, native
+from ..ops.int8_int4 import packed_dtypes, packed_shapes
+from ..ops.linear import few_rows
+from .parts import NemotronHConv1d, NemotronHRMSNorm, NemotronHRMSNormGated, is_called_plainly
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _plans: weakref.WeakKeyDictionary[nn.ModuleList, tuple[list[nn.Module], list[_Run | _Called]]] = (
@@ -271,7 +271,7 @@ class _Parts:
             self.fit = False
 
     def _block(self, block: Any) -> tuple[int, torch.dtype]:
-        from . import modeling
+        from .. import modeling
 
         self._module(block, modeling.NemotronHBlock)
         mixer, norm, struct = block._modules["mixer"], self._part(block, "norm", NemotronHRMSNorm), self.struct

@@ -36,7 +36,7 @@ from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, Colwis
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Base
 
-    from .configuration import NemotronHConfig
+    from ..configuration import NemotronHConfig
 else:
     _Base = object
 
@@ -454,7 +454,7 @@ def keep_float32(model: nn.Module, mesh: Any = None, **policies: Any) -> int:
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    from .layers import Float32Parameters
+    from ..layers.parts import Float32Parameters
 
     own = {**policies, "mp_policy": MixedPrecisionPolicy()}
     groups = 0

@@ -28,13 +28,13 @@ from transformers.quantizers.auto import (
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from . import ops
-from .checkpoints import modelopt
-from .checkpoints.modelopt import FP8, INPUT_SCALE, KV_SCALES, QUANT_METHOD, SIDECAR, WEIGHT_SCALE, Recipe, canonical
-from .checkpoints.tensors import SafetensorsFolder, Shape, Spec
-from .configuration import NemotronHConfig
-from .modeling import NemotronHExperts
-from .quantization import NemotronHQuantizer, PackedExperts, _PackedWeights
+from .. import ops
+from ..checkpoints import modelopt
+from ..checkpoints.modelopt import FP8, INPUT_SCALE, KV_SCALES, QUANT_METHOD, SIDECAR, WEIGHT_SCALE, Recipe, canonical
+from ..checkpoints.tensors import SafetensorsFolder, Shape, Spec
+from ..configuration import NemotronHConfig
+from ..modeling import NemotronHExperts
+from .int8_int4 import NemotronHQuantizer, PackedExperts, _PackedWeights
 
 PACKED = "packed"
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")

@@ -14,8 +14,8 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.import_utils import is_tracing
 
-from .cache import cache_length
-from .ops import document_index
+from ..cache.hybrid import cache_length
+from ..ops import document_index
 
 
 def embedded(embeddings: nn.Module, input_ids: Any, inputs_embeds: Any, config: Any) -> Tensor:

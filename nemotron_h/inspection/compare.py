@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .writing import whole
+from ..files import atomic_write
 
 SUFFIXES = (".safetensors", ".npz")
 _HIDDEN = re.compile(r"hidden_states\.(\d+)")
@@ -49,12 +49,12 @@ class Recording:
             import numpy
 
             arrays: dict[str, Any] = {name: _exact(tensor).numpy() for name, tensor in tensors.items()}
-            with whole(path) as temporary, open(temporary, "wb") as file:
+            with atomic_write(path) as temporary, open(temporary, "wb") as file:
                 numpy.savez(file, **arrays)
         elif path.suffix == ".safetensors":
             from safetensors.torch import save_file
 
-            with whole(path) as temporary:
+            with atomic_write(path) as temporary:
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
         else:
             raise ValueError(f"{path} is neither .safetensors nor .npz; name a file that ends so.")

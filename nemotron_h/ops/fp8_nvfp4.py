@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from .blocks import wants_gradient
+from .int8_int4 import _multiplied_in, _tiles
 from .precision import compute_dtype, without_autocast
-from .quantized import _multiplied_in, _tiles
 
 FP8, NVFP4 = "fp8", "nvfp4"
 GROUP = 16  # inputs that share a scale of NVFP4

@@ -16,7 +16,7 @@ import torch
 from peft.tuners.lora import layer as lora_layer
 from torch import Tensor, nn
 
-from .quantization import PackedExperts
+from ..quantization.int8_int4 import PackedExperts
 
 Multiply = Callable[[str, Tensor, Tensor], Tensor]
 

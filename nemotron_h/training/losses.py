@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from . import ops
-from .layers import is_called_plainly, project
+from .. import ops
+from ..layers.parts import is_called_plainly, project
 
 logger = logging.getLogger("nemotron_h")
 IGNORED = -100

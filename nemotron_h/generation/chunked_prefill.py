@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
-from .cache import GrowingLayer, NemotronHCache, Uninterrupted, cache_length, check_room
-from .configuration import NemotronHConfig
-from .masks import read_mask
-from .packing import document_ids, padding_mask
+from ..cache.hybrid import GrowingLayer, NemotronHCache, Uninterrupted, cache_length, check_room
+from ..configuration import NemotronHConfig
+from ..layers.masks import read_mask
+from ..layers.packing import document_ids, padding_mask
 
 # What the widest layer may hold of a piece: large enough that every layer's weights, read again for each piece, cost
 # nothing beside the products (2,048 tokens of the 9B on a CPU), small beside the weights.

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .configuration import NemotronHConfig
+from ..configuration import NemotronHConfig
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -347,9 +347,9 @@ def _unmatched(config: LoraConfig, adapted: list[str]) -> Iterator[str]:
 
 def packed_layers() -> dict[type[nn.Module], type[nn.Module]]:
     """Module classes whose packed weights PEFT would not treat rightly, each with the adapter's class for it."""
-    from .lora_packed import Linear, ParamWrapper
-    from .modelopt_quantizer import LowPrecisionLinear
-    from .quantization import PackedExperts, QuantizedLinear
+    from ..quantization.int8_int4 import PackedExperts, QuantizedLinear
+    from ..quantization.modelopt import LowPrecisionLinear
+    from .lora_quantized import Linear, ParamWrapper
 
     return {PackedExperts: ParamWrapper, QuantizedLinear: Linear, LowPrecisionLinear: Linear}
 
@@ -415,7 +415,7 @@ def _adapts_out_proj(check: Callable[..., Any]) -> Callable[..., Any]:
     PEFT's config, so packed weights, which PEFT would not treat rightly, get the classes of `packed_layers` there."""
 
     def check_unless_ours(peft_config: Any, model: Any, target_name: str) -> None:
-        from .modeling import NemotronHPreTrainedModel
+        from ..modeling import NemotronHPreTrainedModel
 
         if isinstance(model, NemotronHPreTrainedModel):
             if hasattr(peft_config, "_register_custom_module"):

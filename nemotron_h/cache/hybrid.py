@@ -21,11 +21,11 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-from .compat import DummyLayer, new_static_layer
+from ..compat import DummyLayer, new_static_layer
 
 if TYPE_CHECKING:
-    from .configuration import NemotronHConfig
-    from .snapshots import Snapshot
+    from ..configuration import NemotronHConfig
+    from .files import Snapshot
 
 
 class MambaLayer(LinearAttentionCacheLayerMixin):
@@ -660,7 +660,7 @@ class NemotronHCache(Cache):
 
         Recorded tokens are not part of it: after `restore`, nothing before that point can be taken back.
         """
-        from .snapshots import take
+        from .files import take
 
         return take(self)
 
@@ -671,20 +671,20 @@ class NemotronHCache(Cache):
         Raises:
             ValueError: another pattern, state dtype, or what a static cache has no room for; nothing has changed then.
         """
-        from .snapshots import put
+        from .files import put
 
         put(self, snapshot)
 
     def save(self, path: str | Path, *, model: Any, token_ids: Any = None) -> None:
         """Write what the cache holds to a safetensors file, whole or not at all; see `snapshots.save`."""
-        from .snapshots import save
+        from .files import save
 
         save(self, path, model=model, token_ids=token_ids)
 
     @classmethod
     def load(cls, path: str | Path, model: Any, **options: Any) -> NemotronHCache:
         """The cache in a file that `save` wrote; see `snapshots.load` for `token_ids=`, `max_cache_len=` and errors."""
-        from .snapshots import load
+        from .files import load
 
         return load(path, model, **options)
 
@@ -723,7 +723,7 @@ class NemotronHCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """The rows of these indices, as many as there are. Raises `ValueError` for quantised layers that cannot."""
-        from .kv_quantization import check_rows
+        from .quantized import check_rows
 
         check_whole(self)
         check_rows(self.layers, reorder=True)
@@ -733,7 +733,7 @@ class NemotronHCache(Cache):
                 self.padding_BP = self.padding_BP[beam_idx.to(self.padding_BP.device)]
 
     def _check_rows_can_change(self) -> None:
-        from .kv_quantization import check_rows
+        from .quantized import check_rows
 
         check_whole(self)
         check_rows(self.layers, reorder=False)
@@ -758,7 +758,7 @@ class NemotronHCache(Cache):
 
     def nbytes(self) -> int:
         """Bytes of the cached tensors, recorded ones included; not the room that keys and values have still to grow."""
-        from .kv_quantization import nbytes as quantised_nbytes
+        from .quantized import nbytes as quantised_nbytes
 
         total = 0
         for layer in self.layers:
@@ -815,7 +815,7 @@ def _new_layer(
     if kind == "mamba":
         return MambaLayer(getattr(torch, config.mamba_ssm_cache_dtype), static=max_cache_len is not None)
     if kind == "attention" and quantized is not None:
-        from .kv_quantization import new_layer
+        from .quantized import new_layer
 
         return new_layer(quantized)
     if kind == "attention":

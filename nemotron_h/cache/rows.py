@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cache import NemotronHCache
-from .snapshots import Pair, Snapshot, put, take
+from .files import Pair, Snapshot, put, take
+from .hybrid import NemotronHCache
 
 
 @torch.no_grad()

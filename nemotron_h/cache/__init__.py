@@ -1,0 +1,5 @@
+"""What has been seen: a layer for each kind, going back, the whole, snapshots and their files."""
+
+from .hybrid import MambaLayer, NemotronHCache
+
+__all__ = ["MambaLayer", "NemotronHCache"]

@@ -1,0 +1,1 @@
+"""Looks at models and files, never changes them."""
