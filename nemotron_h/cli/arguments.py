@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -79,21 +81,39 @@ def hub_named(name: str, local: bool) -> Iterator[None]:
         ) from error
 
 
+def quiet(progress: bool = False) -> None:
+    """transformers registers this family and says no more than errors; no bars either, unless `progress`."""
+    from transformers.utils import logging
+
+    import nemotron_h  # noqa: F401 - registers the family
+
+    logging.set_verbosity_error()
+    if not progress or not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def echo_json(facts: dict[str, Any]) -> None:
+    """One JSON object in a line; what is no number there, as infinity, is null."""
+    typer.echo(json.dumps(_finite(facts), ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def load_chat(name: str | None, dtype: str, device: str) -> Chat:
     """The model with its tokenizer, and transformers kept quiet."""
     path, local = find_model(name)
     check_dtype(dtype)
     if name is None and dtype == "auto":
         dtype = "float32"  # what its figures were measured in; at its size bfloat16 saves nothing
-    from transformers.utils import logging
-
-    import nemotron_h  # noqa: F401 - registers the family
-
     from ..generation.chat import Chat
 
-    logging.set_verbosity_error()
-    if name is None or not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    quiet(progress=name is not None)
     with hub_named(path, local):
         return Chat.load(path, dtype=dtype, device=device, local_files_only=local)
 

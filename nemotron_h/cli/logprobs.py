@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .arguments import DeviceOption, DtypeOption, JsonOption, check_dtype, decoded, find_model, hub_named
+from .arguments import DeviceOption, DtypeOption, JsonOption, decoded, echo_json, load_chat
 
 if TYPE_CHECKING:
-    from ..inspection.logprobs import Comparison, Dump
+    from ..inspection.recording import Recording
 
 NAME = "logprobs"
 HELP = (
@@ -51,38 +51,41 @@ def run(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    from ..inspection import logprobs
+    from ..inspection import comparison, recording
 
     if other is not None and compare is not None:
         raise ValueError(f"There are two files to compare with, {other} and {compare}; name one.")
     compare = compare or other
-    if record is not None and record.exists():
-        raise ValueError(f"{record} is there already; name another file, or remove it.")
+    if record is not None:
+        recording.check_new(record)
     given = {"--text": text, "--file": file, "--ids": ids}
     if len(said := [name for name, value in given.items() if value is not None]) > 1:
         raise ValueError(f"The text is given by {' and by '.join(said)}; leave all but one out.")
     if Path(source).is_file():
         if said or record or layers:
             raise ValueError(f"{source} is a recording: {(said or ['--record or --layers'])[0]} is for a model.")
-        dump = logprobs.read(source)
+        ours = recording.read(source)
     else:
-        theirs = logprobs.read(compare) if compare else None
-        dump = _record(source, _Text(text, file, ids), theirs, layers or bool(theirs and theirs.layers), dtype, device)
+        theirs = recording.read(compare) if compare else None
+        ours = _record(source, _Text(text, file, ids), theirs, layers, dtype, device)
         if record is not None:
-            dump.save(record)
-    facts: dict[str, Any] = {"reference": dump.source, "tokens": len(dump.logprobs), "mean_logprob": _mean(dump)}
+            ours.save(record)
+    facts: dict[str, Any] = {"reference": ours.source, "tokens": len(ours.logprobs), "mean_logprob": _mean(ours)}
     if record is not None:
         facts["recorded"] = str(record)
     if compare is None:
-        _say(facts, dump, as_json)
+        _say(facts, ours, as_json)
         return
-    comparison = logprobs.compare(dump, logprobs.read(compare), tolerance)
-    facts |= {"other": str(compare), "tolerance": tolerance, **asdict(comparison), "same": comparison.same}
+    found = comparison.compare(ours, recording.read(compare), tolerance)
+    first = found.first_row
+    facts |= {"other": str(compare), "tolerance": tolerance, **asdict(found.tokens)}
+    facts["first_layer"] = {"name": first.label, "position": first.position(tolerance)} if first else None
+    facts |= {"layers_compared": len(found.rows), "same": found.same}
     if as_json:
-        typer.echo(json.dumps(_finite(facts), ensure_ascii=False))
+        echo_json(facts)
     else:
-        typer.echo(_sentences(facts, comparison))
-    if not comparison.same:
+        typer.echo(_sentences(facts))
+    if not found.same:
         raise typer.Exit(1)
 
 
@@ -113,18 +116,10 @@ def _ids(written: str) -> list[int]:
     return [int(id) for id in re.findall(r"\d+", written)]
 
 
-def _record(name: str, text: _Text, theirs: Dump | None, layers: bool, dtype: str, device: str) -> Dump:
-    path, local = find_model(name)
-    check_dtype(dtype)
-    from transformers.utils import logging
+def _record(name: str, text: _Text, theirs: Recording | None, layers: bool, dtype: str, device: str) -> Recording:
+    from ..inspection import recording
 
-    from ..generation.chat import Chat
-    from ..inspection import logprobs
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    with hub_named(path, local):
-        chat = Chat.load(path, dtype=dtype, device=device, local_files_only=local)
+    chat = load_chat(name, dtype, device)
     ids = text.ids
     if text.text is not None:
         ids = chat.tokenizer(text.text)["input_ids"]
@@ -137,27 +132,21 @@ def _record(name: str, text: _Text, theirs: Dump | None, layers: bool, dtype: st
                 f"{theirs and theirs.source} does not say its first token; give the same text with --text, --file or "
                 "--ids."
             )
-    dump = logprobs.record(chat.model, ids, tokenizer=chat.tokenizer, layers=layers)
-    dump.source = name
-    return dump
+    layers = layers or bool(theirs and theirs.tensors)
+    ours = recording.record(chat.model, ids, tokenizer=chat.tokenizer, layers=layers)
+    ours.source = name
+    return ours
 
 
-def _mean(dump: Dump) -> float:
-    values = [value for value in dump.logprobs if value is not None]
+def _mean(recording: Recording) -> float:
+    values = [value for value in recording.logprobs if value is not None]
     return sum(values) / len(values)
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no infinity."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _say(facts: dict[str, Any], dump: Dump, as_json: bool) -> None:
+def _say(facts: dict[str, Any], recording: Recording, as_json: bool) -> None:
     if as_json:
-        rows = {"ids": dump.ids, "logprobs": [_finite(value) for value in dump.logprobs]}
-        typer.echo(json.dumps(_finite(facts) | (rows if "recorded" not in facts else {}), ensure_ascii=False))
+        rows = {"ids": recording.ids, "logprobs": recording.logprobs}
+        echo_json(facts | (rows if "recorded" not in facts else {}))
         return
     written = f", written to {facts['recorded']}" if "recorded" in facts else ""
     typer.echo(
@@ -166,20 +155,19 @@ def _say(facts: dict[str, Any], dump: Dump, as_json: bool) -> None:
     )
 
 
-def _sentences(facts: dict[str, Any], comparison: Comparison) -> str:
-    a, b = facts["reference"], facts["other"]
-    numbers = f"mean {comparison.mean:.3g}, largest {comparison.max:.3g} nats, KL (k3) {comparison.k3:.3g}"
-    lines = [f"{a} and {b} on {comparison.compared} tokens: {numbers}."]
-    if comparison.same:
+def _sentences(facts: dict[str, Any]) -> str:
+    numbers = f"mean {facts['mean']:.3g}, largest {facts['max']:.3g} nats, KL (k3) {facts['k3']:.3g}"
+    lines = [f"{facts['reference']} and {facts['other']} on {facts['compared']} tokens: {numbers}."]
+    if facts["same"]:
         lines.append(f"The same to {facts['tolerance']:g}.")
-    if layer := comparison.first_layer:
-        lines.append(f"The first layer that parts is {layer.name}, from position {layer.position}.")
-    elif comparison.layers_compared:
-        lines.append(f"All {comparison.layers_compared} recorded layers agree.")
-    if token := comparison.first_token:
-        name = f" ({token.token!r})" if token.token else ""
+    if layer := facts["first_layer"]:
+        lines.append(f"The first layer that parts is {layer['name']}, from position {layer['position']}.")
+    elif facts["layers_compared"]:
+        lines.append(f"All {facts['layers_compared']} recorded layers agree.")
+    if token := facts["first_token"]:
+        name = f" ({token['token']!r})" if token["token"] else ""
         lines.append(
-            f"The first token that parts is at position {token.position}{name}: {token.reference:.4f} and "
-            f"{token.other:.4f}, where {facts['tolerance']:g} is allowed."
+            f"The first token that parts is at position {token['position']}{name}: {token['reference']:.4f} and "
+            f"{token['other']:.4f}, where {facts['tolerance']:g} is allowed."
         )
     return "\n".join(lines)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,12 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .arguments import JsonOption, check_dtype
+from .arguments import JsonOption, check_dtype, echo_json, quiet
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..inspection.compare import Comparison, Recording
+    from ..inspection.comparison import Comparison
+    from ..inspection.recording import Recording
 
 NAME = "verify"
 HELP = (
@@ -46,88 +43,88 @@ def run(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    from ..checkpoints.foreign import sound
     from ..generation.chat import check_text
-    from ..inspection import compare
+    from ..inspection import comparison, recording
 
     check_dtype(dtype)
     check_text(text or "", "--text")
     if other is None and record is None:
         raise ValueError("There is nothing to compare with: name B, or write what A computes with --record FILE.")
     if record is not None:
-        if record.suffix not in compare.SUFFIXES:
-            raise ValueError(f"{record} is neither .safetensors nor .npz; name a file that ends so.")
-        if record.exists():
-            raise ValueError(f"{record} is there already; name another file, or remove it.")
+        recording.check_new(record, recording.SUFFIXES)
         record.parent.mkdir(parents=True, exist_ok=True)
-    _keep_quiet()
-    with tempfile.TemporaryDirectory(prefix="nemotron-h-verify-") as scratch:
-        sources = {
-            name: _prepare(path, Path(scratch) / name) for name, path in (("A", reference), ("B", other)) if path
-        }
-        recorded = {name: compare.read_recording(path) for name, path in sources.items() if compare.is_recording(path)}
-        ids = next((each.input_ids for each in recorded.values()), None)
-        if ids is not None and text is not None:
-            raise ValueError("A recording has its own tokens; leave --text out.")
-        if ids is None:
-            with sound(reference):
-                ids = _tokens(list(sources.values()), tokens, text, reference)
-        recordings: dict[str, Recording] = {}
-        for name, path in sources.items():
-            with sound(reference if name == "A" else other):
-                recordings[name] = recorded.get(name) or compare.record(path, ids, dtype)
-            recordings[name].source = str(reference if name == "A" else other)
-            if name == "A" and record is not None:
-                recordings[name].save(record)
-    facts: dict[str, Any] = {"reference": str(reference), "tokens": len(ids), "dtype": dtype}
+    quiet()
+    recorded = _recorded([path for path in (reference, other) if path], tokens, text, dtype, record)
+    facts: dict[str, Any] = {"reference": str(reference), "tokens": len(recorded[0].logprobs), "dtype": dtype}
     if record is not None:
         facts["recorded"] = str(record)
     if other is None:
-        typer.echo(json.dumps(facts) if as_json else f"{record} has what {reference} computes of {len(ids)} tokens")
+        if as_json:
+            echo_json(facts)
+        else:
+            typer.echo(f"{record} has what {reference} computes of {facts['tokens']} tokens")
         return
-    comparison = compare.compare(recordings["A"], recordings["B"])
-    first = comparison.first_above(tolerance)
+    found = comparison.compare(recorded[0], recorded[1], tolerance)
+    first, facts["other"] = found.first_row, str(other)
     if as_json:
         rows = [
-            {"name": row.name, "label": row.label, "difference": _finite(row.difference), "scale": _finite(row.scale)}
-            for row in comparison.rows
+            {"name": row.name, "label": row.label, "difference": row.difference, "scale": row.scale}
+            for row in found.rows
         ]
-        facts |= {"other": str(other), "tolerance": tolerance, "rows": rows, "equal": first is None}
-        facts |= {"same_best_token": comparison.same_best_token, "first": first.name if first else None}
-        typer.echo(json.dumps(facts, ensure_ascii=False))
+        facts |= {"tolerance": tolerance, "rows": rows, "equal": first is None}
+        echo_json(facts | {"same_best_token": found.same_best_token, "first": first.name if first else None})
     else:
-        _print(comparison, tolerance, facts | {"other": str(other)})
+        _print(found, facts)
     if first is not None:
         raise typer.Exit(1)
 
 
-def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None  # JSON has no infinity
+def _recorded(paths: list[Path], tokens: int, text: str | None, dtype: str, record: Path | None) -> list[Recording]:
+    """What each of them computes, or has recorded, of the same tokens. One model is in memory at a time."""
+    from ..checkpoints.foreign import sound
+    from ..inspection import recording
+
+    with tempfile.TemporaryDirectory(prefix="nemotron-h-verify-") as scratch:
+        sources = [_prepare(path, Path(scratch) / str(number)) for number, path in enumerate(paths)]
+        read = {path: recording.read(path) for path in sources if recording.is_recording(path)}
+        ids = next((each.ids for each in read.values()), None)
+        if ids is not None and text is not None:
+            raise ValueError("A recording has its own tokens; leave --text out.")
+        if ids is None:
+            with sound(paths[0]):
+                ids = _tokens(sources, tokens, text, paths[0])
+        recorded = []
+        for path, source in zip(paths, sources, strict=True):
+            with sound(path):
+                recorded.append(read.get(source) or _record(source, ids, dtype))
+            recorded[-1].source = str(path)
+            if record is not None and len(recorded) == 1:
+                recorded[0].save(record)
+    return recorded
 
 
-def _keep_quiet() -> None:
-    from transformers.utils import logging
+def _record(folder: Path, ids: list[int], dtype: str) -> Recording:
+    from transformers import AutoModelForCausalLM
 
-    import nemotron_h  # noqa: F401 - registers the family
+    from ..inspection import recording
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    return recording.record(model, ids, whole=True)
 
 
 def _prepare(path: Path, scratch: Path) -> Path:
     """What can be loaded or read: `path` itself, or the folder that a foreign format becomes."""
     from ..checkpoints import formats, writing
-    from ..inspection import compare
+    from ..inspection.recording import is_recording
 
-    if compare.is_recording(path):
-        return path
-    if formats.detect(path) in (formats.HUGGINGFACE, "fp8", "nvfp4"):  # the two load as they are
+    # FP8 and NVFP4 load as they are
+    if is_recording(path) or formats.detect(path) in (formats.HUGGINGFACE, "fp8", "nvfp4"):
         return path
     writing.convert(formats.conversion(path, formats.HUGGINGFACE), scratch)
     return scratch
 
 
-def _tokens(folders: list[Path], number: int, text: str | None, reference: Path) -> Tensor:
+def _tokens(folders: list[Path], number: int, text: str | None, reference: Path) -> list[int]:
     """Random ids that every folder has, or those of a text; `reference` is how an error calls the first folder."""
     import torch
 
@@ -143,24 +140,24 @@ def _tokens(folders: list[Path], number: int, text: str | None, reference: Path)
         ids = tokenizer(text)["input_ids"]
         if not ids:
             raise ValueError(f"--text {text!r} has no tokens; write a longer one.")
-        return torch.tensor(ids)
+        return ids
     fields = [NemotronHConfig.get_config_dict(str(folder), local_files_only=True)[0] for folder in folders]
     vocabulary = min(NemotronHConfig.from_dict(each).vocab_size for each in fields)
-    return torch.randint(vocabulary, (number,), generator=torch.Generator().manual_seed(0))
+    return torch.randint(vocabulary, (number,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def _print(comparison: Comparison, tolerance: float, facts: dict[str, Any]) -> None:
+def _print(found: Comparison, facts: dict[str, Any]) -> None:
     console = Console(highlight=False)
     table = Table("", "largest difference", "over the largest value")
     for column in table.columns[1:]:
         column.justify = "right"
-    for row in comparison.rows:
-        bad = not row.difference <= tolerance
+    for row in found.rows:
+        bad = not row.difference <= found.tolerance
         table.add_row(
             row.label, f"{row.difference * row.scale:.3g}", f"{row.difference:.3g}", style="red" if bad else None
         )
     console.print(table)
-    first, worst = comparison.first_above(tolerance), max(row.difference for row in comparison.rows)
+    first, worst = found.first_row, max(row.difference for row in found.rows)
     a, b = escape(facts["reference"]), escape(facts["other"])
     if first is None:
         what = "[green]the same[/green]" + (", bit for bit" if worst == 0 else f" to {worst:.2g}")
@@ -168,8 +165,8 @@ def _print(comparison: Comparison, tolerance: float, facts: dict[str, Any]) -> N
     else:
         text = (
             f"The first that differs is [red]{escape(first.label)}[/red]: by {first.difference:.3g} of its largest "
-            f"value, where {tolerance:g} is allowed."
+            f"value, where {found.tolerance:g} is allowed."
         )
-    if comparison.same_best_token is not None:
-        text += f" The likeliest next token is the same {comparison.same_best_token:.1%} of the time."
+    if found.same_best_token is not None:
+        text += f" The likeliest next token is the same {found.same_best_token:.1%} of the time."
     console.print(text, soft_wrap=True)

@@ -10,10 +10,17 @@ from families import small_model, tokens
 from safetensors.torch import load_file, save_file
 
 from nemotron_h import NemotronHForCausalLM
-from nemotron_h.inspection.compare import Recording, compare, is_recording, read_recording, record
+from nemotron_h.inspection import recording as recordings
+from nemotron_h.inspection.comparison import compare
+from nemotron_h.inspection.recording import Recording, is_recording, read
 
 ORACLE = Path(__file__).parents[1] / "data" / "oracle" / "dense"
 IDS = tokens(1, 23)[0]
+
+
+def record(folder, ids, dtype="float32"):
+    model = NemotronHForCausalLM.from_pretrained(folder, dtype=dtype)
+    return recordings.record(model, ids, whole=True)
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +28,11 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("folder")
     small_model("moe", dtype=torch.float32).save_pretrained(path)
     return path
+
+
+def whole(source, ids, **tensors):
+    """What another program may have recorded."""
+    return Recording(source, [None] * len(ids), ids, tensors=tensors)
 
 
 def changed(folder, dest, name, change):
@@ -60,14 +72,14 @@ def test_the_first_layer_that_differs(folder, tmp_path, name, first, label):
     other = changed(folder, tmp_path / "other", name, lambda tensor: tensor * 1.5)
     a, b = record(folder, IDS), record(other, IDS)
     comparison = compare(a, b)
-    row = comparison.first_above(0.0)
+    row = comparison.first_row
     assert (row.name, row.label) == (first, label)
     # by how much, worked out here
     difference, scale = (a.tensors[first] - b.tensors[first]).abs().max().item(), a.tensors[first].abs().max().item()
     assert row.difference == pytest.approx(difference / scale) and row.scale == pytest.approx(scale)
     before = [each for each in comparison.rows if each.difference == 0.0]
     assert [each.name for each in before] == [each.name for each in comparison.rows][: len(before)]
-    assert compare(a, record(folder, IDS)).first_above(0.0) is None
+    assert compare(a, record(folder, IDS)).first_row is None
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
@@ -75,37 +87,37 @@ def test_the_first_layer_that_differs(folder, tmp_path, name, first, label):
 def test_recordings_come_back(folder, tmp_path, suffix, dtype):
     recording = record(folder, IDS, dtype)
     recording.save(tmp_path / f"r{suffix}")
-    back = read_recording(tmp_path / f"r{suffix}")
+    back = read(tmp_path / f"r{suffix}")
     assert is_recording(tmp_path / f"r{suffix}") and not is_recording(folder)
-    assert torch.equal(back.input_ids, IDS)
+    assert back.ids == IDS.tolist()
     comparison = compare(back, recording)
-    assert len(comparison.rows) == 10 and comparison.first_above(0.0) is None and comparison.same_best_token == 1.0
+    assert len(comparison.rows) == 10 and comparison.first_row is None and comparison.same_best_token == 1.0
     assert "layer 3 (attention)" in [row.label for row in comparison.rows]
 
 
 def test_what_others_recorded(tmp_path):
     """llama.cpp's log-probabilities, against the model in the folder, and against one that is not it."""
-    theirs = read_recording(ORACLE / "llama_cpp.safetensors")
-    comparison = compare(theirs, record(ORACLE, theirs.input_ids))
+    theirs = read(ORACLE / "llama_cpp.safetensors")
+    comparison = compare(theirs, record(ORACLE, theirs.ids))
     assert [row.name for row in comparison.rows] == ["log_probs"] and comparison.same_best_token == 1.0
     assert comparison.rows[0].difference < 1e-5
     name = next(n for n in load_file(ORACLE / "model.safetensors") if n.endswith("layers.0.mixer.D"))
     other = changed(ORACLE, tmp_path / "other", name, lambda tensor: tensor * 1.1)
-    assert compare(theirs, record(other, theirs.input_ids)).first_above(1e-4).label == "log-probabilities"
+    assert compare(theirs, record(other, theirs.ids), 1e-4).first_row.label == "log-probabilities"
 
 
 def test_a_batch_of_one_and_numpy(tmp_path):
     logits = numpy.random.default_rng(0).normal(size=(1, 3, 5)).astype("float32")
     numpy.savez(tmp_path / "r.npz", input_ids=numpy.array([[4, 5, 6]]), logits=logits, something_else=numpy.zeros(2))
-    recording = read_recording(tmp_path / "r.npz")
-    assert recording.input_ids.tolist() == [4, 5, 6] and recording.tensors["logits"].shape == (3, 5)
-    logged = Recording("b", recording.input_ids, {"log_probs": torch.tensor(logits[0]).double().log_softmax(-1)})
+    recording = read(tmp_path / "r.npz")
+    assert recording.ids == [4, 5, 6] and recording.tensors["logits"].shape == (3, 5)
+    logged = whole("b", recording.ids, log_probs=torch.tensor(logits[0]).double().log_softmax(-1))
     assert compare(recording, logged).rows[0].difference < 1e-6  # either side may have either
 
 
 def test_numbers_that_are_none():
     def one(*values):
-        return Recording("x", IDS[:1], {"logits": torch.tensor([list(values)])})
+        return whole("x", IDS[:1].tolist(), logits=torch.tensor([list(values)]))
 
     def difference(a, b):
         return compare(a, b).rows[0].difference
@@ -119,7 +131,7 @@ def test_numbers_that_are_none():
     assert difference(one(0.0, 0.0), one(0.0, 1.0)) == inf
     assert difference(one(0.0, 0.0), one(0.0, 0.0)) == 0.0
     assert difference(one(1.0, 2.0), one(1.0, 2.0, 3.0)) == inf
-    row = compare(one(1.0, 2.0), one(1.0, nan)).first_above(1e9)
+    row = compare(one(1.0, 2.0), one(1.0, nan), 1e9).first_row
     assert row is not None and row.name == "logits"
 
 
@@ -128,27 +140,27 @@ def test_what_cannot_be_compared(folder, tmp_path):
     with pytest.raises(ValueError, match=r"are of different tokens \(23 and 22\)"):
         compare(a, record(folder, IDS[:-1]))
     with pytest.raises(ValueError, match="no tensor in common"):
-        compare(a, Recording("b", IDS, {"hidden_states.99": torch.zeros(1)}))
-    with pytest.raises(ValueError, match=r"tokens have id 97 and .* a vocabulary of 97"):
+        compare(a, whole("b", IDS.tolist(), **{"hidden_states.99": torch.zeros(1)}))
+    with pytest.raises(ValueError, match=r"Token id 97 is outside the model's vocabulary of 97"):
         record(folder, torch.tensor([97]))
     with pytest.raises(ValueError, match=r"is neither .safetensors nor .npz"):
         a.save(tmp_path / "r.pt")
     save_file({"logits": torch.zeros(2, 3)}, tmp_path / "r.safetensors")
     with pytest.raises(ValueError, match="has no input_ids"):
-        read_recording(tmp_path / "r.safetensors")
+        read(tmp_path / "r.safetensors")
     save_file({"input_ids": torch.zeros(2)}, tmp_path / "r.safetensors")
     with pytest.raises(ValueError, match=r"has neither logits, log_probs nor hidden_states.N"):
-        read_recording(tmp_path / "r.safetensors")
+        read(tmp_path / "r.safetensors")
     (tmp_path / "r.npz").write_bytes(b"no zip")
     with pytest.raises(ValueError, match="cannot be read"):
-        read_recording(tmp_path / "r.npz")
+        read(tmp_path / "r.npz")
 
 
 def test_long_texts_are_taken_whole(folder, monkeypatch):
     """Where the model takes a text in pieces, what is recorded is the whole of it."""
     from nemotron_h.generation import chunked_prefill as pieces
 
-    whole = record(folder, IDS)
+    at_once = record(folder, IDS)
     monkeypatch.setattr(pieces, "wanted", lambda *args, **kwargs: 8)
-    comparison = compare(whole, record(folder, IDS))
-    assert len(comparison.rows) == 10 and comparison.first_above(1e-5) is None
+    comparison = compare(at_once, record(folder, IDS), 1e-5)
+    assert len(comparison.rows) == 10 and comparison.first_row is None

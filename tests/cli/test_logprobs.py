@@ -10,7 +10,8 @@ from families import small_model, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nemotron_h.inspection import logprobs
+from nemotron_h.inspection.comparison import Token, compare
+from nemotron_h.inspection.recording import Recording, read, record
 
 IDS = [5, 9, 7, 11, 3]
 VALUES = [None, -0.5, -1.25, -3.0, -0.125]
@@ -31,7 +32,7 @@ def one_by_one(model, ids) -> list[float]:
 @pytest.mark.parametrize("family", ["dense", "latent", "tied"])
 def test_recorded_numbers(family) -> None:
     model, ids = small_model(family).train(), tokens(1, 19)[0].tolist()
-    dump = logprobs.record(model, ids, layers=True)
+    dump = record(model, ids, layers=True)
     assert model.training
     model.eval()
     assert dump.logprobs[0] is None
@@ -40,18 +41,19 @@ def test_recorded_numbers(family) -> None:
         states = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
     kinds = model.config.layers_block_type
     names = ["embeddings", *(f"layer {index} ({kind})" for index, kind in enumerate(kinds)), "last norm"]
-    assert [layer.name for layer in dump.layers] == names
+    assert [*dump.tensors] == names
     # transformers gives what enters each layer, and what leaves the last norm
-    for layer, state in zip([*dump.layers[: len(kinds)], dump.layers[-1]], states, strict=True):
-        torch.testing.assert_close(torch.tensor(layer.norms), state[0].square().sum(-1).sqrt().float())
+    for name, state in zip([*names[: len(kinds)], names[-1]], states, strict=True):
+        torch.testing.assert_close(dump.tensors[name][:, 0], state[0].square().sum(-1).sqrt())
 
 
 def test_saved_and_read(tmp_path) -> None:
     model, ids = small_model(), tokens(1, 9)[0].tolist()
-    dump = logprobs.record(model, ids, layers=True)
+    dump = record(model, ids, layers=True)
     dump.save(tmp_path / "a.json")
-    again = logprobs.read(tmp_path / "a.json")
-    assert again.logprobs == dump.logprobs and again.ids == ids and again.layers == dump.layers
+    again = read(tmp_path / "a.json")
+    assert again.logprobs == dump.logprobs and again.ids == ids and [*again.tensors] == [*dump.tensors]
+    assert all(torch.equal(again.tensors[name], dump.tensors[name]) for name in dump.tensors)
     assert again.facts["class"] == "nemotron_h.modeling.NemotronHForCausalLM"
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     with pytest.raises(ValueError, match="is there already"):
@@ -60,8 +62,9 @@ def test_saved_and_read(tmp_path) -> None:
 
 def test_what_json_has_not_is_saved_and_read(tmp_path) -> None:
     """A NaN stays one: as null it would be no difference."""
-    layer = logprobs.Layer("last norm", [1.0, math.inf, math.nan, 2.0], [0.5, -math.inf, math.nan, 1.0])
-    dump = logprobs.Dump("a", [None, -math.inf, math.nan, -0.5], [1, 2, 3, 4], list("abcd"), [layer])
+    rows = [[1.0, 0.5], [math.inf, -math.inf], [math.nan, math.nan], [2.0, 1.0]]
+    layers = {"last norm": torch.tensor(rows, dtype=torch.float64)}
+    dump = Recording("a", [None, -math.inf, math.nan, -0.5], [1, 2, 3, 4], list("abcd"), layers)
     dump.save(tmp_path / "a.json")
 
     def not_json(name: str) -> None:
@@ -69,28 +72,28 @@ def test_what_json_has_not_is_saved_and_read(tmp_path) -> None:
 
     rows = json.loads((tmp_path / "a.json").read_text(), parse_constant=not_json)["tokens"]
     assert [row["logprob"] for row in rows] == [None, -9999, "nan", -0.5]
-    again = logprobs.read(tmp_path / "a.json")
-    assert str(again.logprobs) == str(dump.logprobs) and str(again.layers) == str(dump.layers)
-    assert logprobs.compare(dump, again).same
+    again = read(tmp_path / "a.json")
+    assert str(again.logprobs) == str(dump.logprobs) and str(again.tensors) == str(dump.tensors)
+    assert compare(dump, again).same
 
 
 @pytest.mark.parametrize("content", ["[null, -1.0, -2.0]", '{"choices": [{"logprobs": {"content": []}}]}'])
 def test_a_dump_without_ids_is_saved_and_read(content, tmp_path) -> None:
     rows = [{"token": token, "logprob": value} for token, value in (("a", None), ("b", -1.0), ("c", -2.0))]
     (tmp_path / "a.json").write_text(content.replace("[]", json.dumps(rows)))
-    dump = logprobs.read(tmp_path / "a.json")
+    dump = read(tmp_path / "a.json")
     dump.save(tmp_path / "b.json")
-    again = logprobs.read(tmp_path / "b.json")
+    again = read(tmp_path / "b.json")
     assert (again.logprobs, again.ids, again.tokens) == (dump.logprobs, None, dump.tokens)
 
 
 def test_the_layers_of_a_model_with_an_adapter() -> None:
     peft = pytest.importorskip("peft")
     model, ids = small_model(), tokens(1, 9)[0].tolist()
-    plain = logprobs.record(model, ids, layers=True)
+    plain = record(model, ids, layers=True)
     config = peft.LoraConfig(target_modules=["in_proj"], r=2)  # B starts at zero: the same function
-    wrapped = logprobs.record(peft.get_peft_model(model, config), ids, layers=True)
-    assert len(plain.layers) == len(wrapped.layers) and logprobs.compare(plain, wrapped, 1e-6).same
+    wrapped = record(peft.get_peft_model(model, config), ids, layers=True)
+    assert len(plain.tensors) == len(wrapped.tensors) and compare(plain, wrapped, 1e-6).same
 
 
 def vllm_row(id: int, value: float) -> dict:
@@ -128,59 +131,59 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_what_engines_write(name, tmp_path) -> None:
     (tmp_path / "dump.json").write_text(json.dumps(SHAPES[name]))
-    dump = logprobs.read(tmp_path / "dump.json")
+    dump = read(tmp_path / "dump.json")
     assert [value for value in dump.logprobs if value is not None] == pytest.approx(VALUES[1:])
     if name in ("openai, ids as tokens", "openai chat", "llama.cpp", "ids and values"):
         assert dump.ids == IDS
     if name.startswith("vllm"):
         assert dump.ids == [-1, *IDS[1:]]
-    reference = logprobs.Dump("reference", VALUES, IDS)
-    assert logprobs.compare(reference, dump, 1e-9).compared == 4
-    changed = logprobs.Dump("reference", [None, -0.5, -1.25, -3.5, -0.125], IDS, TEXTS)
-    comparison = logprobs.compare(changed, dump, 1e-9)
-    assert comparison.first_token == logprobs.Parting(3, "t11", -3.5, pytest.approx(-3.0))
-    assert comparison.mean == pytest.approx(0.125) and comparison.max == pytest.approx(0.5)
-    assert comparison.k3 == pytest.approx((math.exp(0.5) - 1 - 0.5) / 4)
+    reference = Recording("reference", VALUES, IDS)
+    assert compare(reference, dump, 1e-9).tokens.compared == 4
+    changed = Recording("reference", [None, -0.5, -1.25, -3.5, -0.125], IDS, TEXTS)
+    comparison = compare(changed, dump, 1e-9)
+    assert comparison.tokens.first_token == Token(3, "t11", -3.5, pytest.approx(-3.0))
+    assert comparison.tokens.mean == pytest.approx(0.125) and comparison.tokens.max == pytest.approx(0.5)
+    assert comparison.tokens.k3 == pytest.approx((math.exp(0.5) - 1 - 0.5) / 4)
 
 
 def test_a_prompt_and_what_was_generated_after_it(tmp_path) -> None:
     answer = {"choices": [{"prompt_logprobs": PROMPT[:3], "logprobs": {"content": ROWS[3:]}}]}
     (tmp_path / "dump.json").write_text(json.dumps(answer))
-    dump = logprobs.read(tmp_path / "dump.json")
+    dump = read(tmp_path / "dump.json")
     assert dump.ids == [-1, *IDS[1:]] and dump.logprobs == VALUES
     # generated tokens alone, without ids: the end of the text
     (tmp_path / "end.json").write_text(json.dumps(VALUES[3:]))
-    assert logprobs.compare(logprobs.Dump("reference", VALUES, IDS), logprobs.read(tmp_path / "end.json")).compared == 2
+    assert compare(Recording("reference", VALUES, IDS), read(tmp_path / "end.json")).tokens.compared == 2
 
 
 def test_the_end_of_a_text_that_repeats_itself() -> None:
     """Its tokens are the start's too: the numbers say which of them it is."""
     ids, values = [5, 9] * 4, [None, -4.0, -3.0, -2.0, -1.0, -0.5, -0.25, -0.125]
-    long = logprobs.Dump("long", values, ids)
-    end = logprobs.Dump("end", values[4:], ids[4:])
+    long = Recording("long", values, ids)
+    end = Recording("end", values[4:], ids[4:])
     for noise in (0.0, 1e-3):
-        near = logprobs.Dump("end", [value + noise for value in values[4:]], ids[4:])
-        comparison = logprobs.compare(long, near, 2e-3)
-        assert comparison.same and comparison.compared == 4
-        assert logprobs.compare(near, long, 2e-3).same
-    changed = logprobs.Dump("end", [-1.0, -0.5, -0.25, -9.0], ids[4:])
-    assert logprobs.compare(long, changed, 1e-3).first_token.position == 7
-    assert logprobs.compare(long, logprobs.Dump("start", values[:4], ids[:4])).same
-    assert logprobs.compare(long, logprobs.Dump("start", [None, None, None, -2.0], ids[:4])).same
+        near = Recording("end", [value + noise for value in values[4:]], ids[4:])
+        comparison = compare(long, near, 2e-3)
+        assert comparison.same and comparison.tokens.compared == 4
+        assert compare(near, long, 2e-3).same
+    changed = Recording("end", [-1.0, -0.5, -0.25, -9.0], ids[4:])
+    assert compare(long, changed, 1e-3).tokens.first_token.position == 7
+    assert compare(long, Recording("start", values[:4], ids[:4])).same
+    assert compare(long, Recording("start", [None, None, None, -2.0], ids[:4])).same
     # a first token without a number is the text's, whatever the numbers say
-    far = logprobs.compare(long, logprobs.Dump("start", [None, -0.5, -0.25, -0.125], ids[:4]))
-    assert far.first_token == logprobs.Parting(1, None, -4.0, -0.5)
-    broken = logprobs.Dump("end", [-1.0, math.nan, -0.25, -0.125], ids[4:])
-    assert logprobs.compare(long, broken).first_token.position == 5
-    assert not logprobs.compare(end, logprobs.Dump("other", [-1.0, -0.5, -0.25, -0.2], ids[4:])).same
+    far = compare(long, Recording("start", [None, -0.5, -0.25, -0.125], ids[:4]))
+    assert far.tokens.first_token == Token(1, None, -4.0, -0.5)
+    broken = Recording("end", [-1.0, math.nan, -0.25, -0.125], ids[4:])
+    assert compare(long, broken).tokens.first_token.position == 5
+    assert not compare(end, Recording("other", [-1.0, -0.5, -0.25, -0.2], ids[4:])).same
 
 
 def test_infinities() -> None:
-    a, b = logprobs.Dump("a", [None, -1.0, -math.inf]), logprobs.Dump("b", [None, -1.0, -math.inf])
-    assert logprobs.compare(a, b).same
+    a, b = Recording("a", [None, -1.0, -math.inf]), Recording("b", [None, -1.0, -math.inf])
+    assert compare(a, b).same
     for value in (-1.0, math.nan):
-        comparison = logprobs.compare(a, logprobs.Dump("b", [None, -1.0, value]), tolerance=1e9)
-        assert comparison.max == math.inf and comparison.first_token.position == 2
+        comparison = compare(a, Recording("b", [None, -1.0, value]), tolerance=1e9)
+        assert comparison.tokens.max == math.inf and comparison.tokens.first_token.position == 2
 
 
 @pytest.mark.parametrize(
@@ -195,20 +198,20 @@ def test_infinities() -> None:
 def test_what_cannot_be_read(content, words, tmp_path) -> None:
     (tmp_path / "dump.json").write_text(content)
     with pytest.raises(ValueError, match=words):
-        logprobs.read(tmp_path / "dump.json")
+        read(tmp_path / "dump.json")
 
 
 def test_other_tokens() -> None:
-    a = logprobs.Dump("a", VALUES, IDS)
+    a = Recording("a", VALUES, IDS)
     with pytest.raises(ValueError, match="at position 2, 7 and 8"):
-        logprobs.compare(a, logprobs.Dump("b", VALUES, [5, 9, 8, 11, 3]))
+        compare(a, Recording("b", VALUES, [5, 9, 8, 11, 3]))
     with pytest.raises(ValueError, match="neither the start nor the end"):
-        logprobs.compare(a, logprobs.Dump("b", VALUES[1:3], [1, 2]))
+        compare(a, Recording("b", VALUES[1:3], [1, 2]))
     model = small_model()
     with pytest.raises(ValueError, match="1 token"):
-        logprobs.record(model, [3])
+        record(model, [3])
     with pytest.raises(ValueError, match="id 97 is outside the model's vocabulary of 97"):
-        logprobs.record(model, [3, 97])
+        record(model, [3, 97])
 
 
 @pytest.fixture(scope="module")
