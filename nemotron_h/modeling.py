@@ -4,16 +4,11 @@
 
 Papers: Nemotron-H (arXiv 2504.03624), Mamba-2 (2405.21060), Nemotron 3 with LatentMoE (2512.20856).
 
-Shape suffixes: B batch, L length, D hidden size, I Mamba width (H*P), C convolution channels, H Mamba heads, P head
-dim, G groups, N state size, K convolution kernel, W = K-1, T tokens (B*L), E experts, k experts per token, A attention
-heads, Q head dim of attention, V vocabulary.
+Shape suffixes as in layers/__init__.py.
 """
 
 # No `from __future__ import annotations` here: transformers reads the annotations of the forwards as objects.
-# The mixers are in the models' own file: transformers reads its source to see whether the attention and experts
-# interfaces are there, and refuses to set either where they are not.
 import functools
-import itertools
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,15 +19,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.integrations import use_experts_implementation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
-    GradientCheckpointingLayer,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
@@ -40,8 +32,8 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from typing_extensions import Unpack
 
-from . import mtp, ops
-from .cache.hybrid import MambaLayer, NemotronHCache, Uninterrupted, cache_length, check_room, grows
+from . import mtp
+from .cache.hybrid import NemotronHCache, Uninterrupted, cache_length, check_room, grows
 from .checkpoints import published
 from .compat import (
     CACHE_NAME,
@@ -54,19 +46,15 @@ from .compat import (
 )
 from .configuration import NemotronHConfig
 from .generation import chunked_prefill as pieces
+from .layers.attention import NemotronHAttention, eager_attention
+from .layers.block import NemotronHBlock
 from .layers.fused import steps
+from .layers.mamba import NemotronHMamba2Mixer
 from .layers.masks import read_mask, remember_padding
+from .layers.moe import NemotronHExperts, NemotronHMLP, NemotronHMoE, NemotronHTopkRouter
 from .layers.packing import check_prompt, document_ids, embedded, padding_mask, same_document, varlen_kwargs
-from .layers.parts import (
-    Float32Parameters,
-    NemotronHConv1d,
-    NemotronHRMSNorm,
-    NemotronHRMSNormGated,
-    is_called_plainly,
-    parameter_dtype,
-    project,
-    residual_linear,
-)
+from .layers.parts import NemotronHConv1d, NemotronHRMSNorm, NemotronHRMSNormGated, project, residual_std
+from .mtp import NemotronHMTPLayer, NemotronHMultiTokenPredictor
 from .parallel.tensor import Distributed
 from .training import losses
 from .training.lora import check_no_prefix, check_no_virtual_tokens, let_peft_adapt
@@ -95,384 +83,6 @@ def _check_renamed(kwargs: Mapping[str, Any]) -> None:
     for old, new in _RENAMED.items():
         if old in kwargs:
             raise TypeError(f"{old}={kwargs[old]!r} is the old name of an argument: write {new}={kwargs[old]!r}.")
-
-
-class NemotronHMamba2Mixer(Float32Parameters):
-    def __init__(self, config: NemotronHConfig, layer_idx: int):
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.num_heads = config.mamba_num_heads
-        self.head_dim = config.mamba_head_dim
-        self.n_groups = config.n_groups
-        self.ssm_state_size = config.ssm_state_size
-        self.intermediate_size = config.d_inner
-        self.conv_dim = config.conv_dim
-        # The result does not depend on it: the config's is what NVIDIA's kernel used, ours is what was fastest.
-        self.chunk_size = min(config.chunk_size, ops.DEFAULT_CHUNK_SIZE)
-        self.time_step_limit = cast(tuple[float, float], tuple(config.time_step_limit))
-
-        self.in_proj = nn.Linear(config.hidden_size, config.in_proj_size, bias=config.mamba_proj_bias)
-        self.conv1d = NemotronHConv1d(
-            self.conv_dim, config.conv_kernel, bias=config.use_conv_bias, activation=config.mamba_hidden_act
-        )
-        dtype = parameter_dtype()
-        self.dt_bias = nn.Parameter(torch.ones(self.num_heads, dtype=dtype))
-        self.A_log = nn.Parameter(torch.zeros(self.num_heads, dtype=dtype))
-        self.D = nn.Parameter(torch.ones(self.num_heads, dtype=dtype))
-        self.norm = NemotronHRMSNormGated(self.intermediate_size, self.n_groups, config.layer_norm_epsilon)
-        self.out_proj = residual_linear(self.intermediate_size, config.hidden_size, bias=config.mamba_proj_bias)
-
-    def forward(
-        self,
-        x_BLD: Tensor,
-        cache: Cache | None = None,
-        mask_BL: Tensor | None = None,
-        seq_idx_BL: Tensor | None = None,
-        **_: Any,
-    ) -> Tensor:
-        """Mamba-2 (2405.21060, section 7). `mask_BL` is False at padding, `seq_idx_BL` numbers packed documents."""
-        batch, length, _D = x_BLD.shape
-        memory: MambaLayer | None = cache.layers[self.layer_idx] if cache is not None else None
-        if memory is not None and 0 < memory.keeps < length:
-            # Only the last tokens may have to be forgotten; what comes before them leaves its state alone.
-            first = length - memory.keeps
-            cut = [(t[:, :first], t[:, first:]) if t is not None else (None, None) for t in (mask_BL, seq_idx_BL)]
-            with memory.not_recording():
-                y_BLD = self(x_BLD[:, :first], cache, cut[0][0], cut[1][0])
-            return torch.cat([y_BLD, self(x_BLD[:, first:], cache, cut[0][1], cut[1][1])], dim=1)
-        window_BCW = memory.window_BCW if memory is not None else None
-        state_BHPN = memory.state_BHPN if memory is not None else None
-
-        projected = project(self.in_proj, x_BLD)
-        if memory is not None and memory.keeps:
-            memory.open_record(length).add(self, projected[..., self.intermediate_size :].clone(), mask_BL)
-        if (
-            memory is not None
-            and window_BCW is not None
-            and state_BHPN is not None
-            and length <= ops.FEW_TOKENS
-            and seq_idx_BL is None
-            and is_called_plainly(self.conv1d, NemotronHConv1d)
-            and is_called_plainly(self.norm, NemotronHRMSNormGated)
-            and self.norm.n_groups == self.n_groups
-        ):
-            y_BLI = self._few(projected, window_BCW, state_BHPN, mask_BL)
-            if y_BLI is not None:
-                memory.update(window_BCW, state_BHPN, length)
-                return project(self.out_proj, y_BLI)
-        z_BLI = projected[..., : self.intermediate_size]
-        y_BLHP, window_BCW, state_BHPN = self._scan(
-            projected[..., self.intermediate_size :], window_BCW, state_BHPN, mask_BL, seq_idx_BL
-        )
-        if memory is not None:
-            memory.update(window_BCW, state_BHPN, length)
-
-        y_BLI = self.norm(y_BLHP.reshape(batch, length, self.intermediate_size), z_BLI)
-        return project(self.out_proj, y_BLI)
-
-    def _few(
-        self, projected_BLK: Tensor, window_BCW: Tensor, state_BHPN: Tensor, mask_BL: Tensor | None = None
-    ) -> Tensor | None:
-        """What is between the projections for a few tokens in one call, window and state in place; None where the parts
-        have to be called."""
-        return ops.mamba_step(
-            projected_BLK,
-            window_BCW,
-            state_BHPN,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            self.dt_bias,
-            self.A_log,
-            self.D,
-            self.norm.weight,
-            groups=self.n_groups,
-            activation=self.conv1d.activation,
-            time_step_limit=self.time_step_limit,
-            eps=self.norm.variance_epsilon,
-            mask_BL=mask_BL,
-        )
-
-    def _scan(
-        self,
-        inputs_BLK: Tensor,
-        window_BCW: Tensor | None,
-        state_BHPN: Tensor | None,
-        mask_BL: Tensor | None,
-        seq_idx_BL: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The raw x, B, C and dt of in_proj (B, L, C + H) -> y (B, L, H, P), the window and the state after them."""
-        batch, length, _ = inputs_BLK.shape
-        xBC_BLC, dt_BLH = inputs_BLK.split([self.conv_dim, self.num_heads], dim=-1)
-        xBC_BLC, window_BCW = self.conv1d(xBC_BLC, window_BCW=window_BCW, mask_BL=mask_BL, seq_idx_BL=seq_idx_BL)
-        x_BLI, B_BLGN, C_BLGN = xBC_BLC.split(
-            [self.intermediate_size] + [self.n_groups * self.ssm_state_size] * 2, dim=-1
-        )
-        x_BLHP = x_BLI.view(batch, length, self.num_heads, self.head_dim)
-        B_BLGN = B_BLGN.view(batch, length, self.n_groups, self.ssm_state_size)
-        C_BLGN = C_BLGN.view(batch, length, self.n_groups, self.ssm_state_size)
-        dt_BLH = ops.time_step(dt_BLH, self.dt_bias, self.time_step_limit, mask_BL)
-        A_H = -torch.exp(self.A_log)
-        steps = length if length == 1 or (x_BLHP.device.type == "cpu" and not torch.is_grad_enabled()) else 0
-        if 0 < steps <= ops.FEW_TOKENS and state_BHPN is not None and seq_idx_BL is None:
-            y_BLHP = torch.empty_like(x_BLHP) if steps > 1 else x_BLHP
-            for t in range(steps):
-                y_BHP, state_BHPN = ops.ssd_step(
-                    x_BLHP[:, t], dt_BLH[:, t], A_H, B_BLGN[:, t], C_BLGN[:, t], self.D, state_BHPN
-                )
-                if steps == 1:
-                    y_BLHP = y_BHP.unsqueeze(1)
-                else:
-                    y_BLHP[:, t] = y_BHP
-        else:
-            y_BLHP, state_BHPN = ops.ssd(
-                x_BLHP,
-                dt_BLH,
-                A_H,
-                B_BLGN,
-                C_BLGN,
-                self.D,
-                initial_state_BHPN=state_BHPN,
-                seq_idx_BL=seq_idx_BL,
-                chunk_size=self.chunk_size,
-            )
-        assert state_BHPN is not None
-        return y_BLHP, window_BCW, state_BHPN
-
-    @torch.no_grad()
-    def replay(
-        self, inputs_BLK: Tensor, mask_BL: Tensor | None, window_BCW: Tensor | None, state_BHPN: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The window and the state after tokens whose raw inputs (B, L, C + H) were recorded, one after the other. In
-        place where ops.mamba_step does it, so the caller hands copies over."""
-        for few_BLK, few_BL in zip(
-            inputs_BLK.split(ops.FEW_TOKENS, dim=1),
-            itertools.repeat(None) if mask_BL is None else mask_BL.split(ops.FEW_TOKENS, dim=1),
-            strict=False,
-        ):
-            y_BLI = None
-            if few_BL is None and window_BCW is not None and state_BHPN is not None:
-                z_BLI = few_BLK.new_zeros(*few_BLK.shape[:2], self.intermediate_size)
-                y_BLI = self._few(torch.cat([z_BLI, few_BLK], dim=-1), window_BCW, state_BHPN)
-            if y_BLI is None:
-                _, window_BCW, state_BHPN = self._scan(few_BLK, window_BCW, state_BHPN, few_BL, None)
-        assert window_BCW is not None and state_BHPN is not None
-        return window_BCW, state_BHPN
-
-
-class NemotronHAttention(nn.Module):
-    """Grouped-query attention without position encoding; scale `head_dim ** -0.5`."""
-
-    def __init__(self, config: NemotronHConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = True
-        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
-        self.o_proj = residual_linear(queries, config.hidden_size, bias=config.attention_bias)
-
-    def forward(
-        self,
-        x_BLD: Tensor,
-        cache: Cache | None = None,
-        attention_mask: Any = None,
-        plainly_causal: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """With `plainly_causal` the queries are the last of the keys' positions and see all keys before them."""
-        shape = (*x_BLD.shape[:-1], -1, self.head_dim)
-        q_BALQ, k_BALQ, v_BALQ = (
-            project(proj, x_BLD).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if cache is not None:
-            k_BALQ, v_BALQ = cache.update(k_BALQ, v_BALQ, self.layer_idx)
-        if plainly_causal:
-            y_BALQ = ops.causal_attention(q_BALQ, k_BALQ, v_BALQ, self.scaling)
-            return project(self.o_proj, y_BALQ.transpose(1, 2).reshape(*x_BLD.shape[:-1], -1)), None
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager_attention)
-        y_BLAQ, weights = attend(
-            self,
-            q_BALQ,
-            k_BALQ,
-            v_BALQ,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return project(self.o_proj, y_BLAQ.reshape(*x_BLD.shape[:-1], -1)), weights
-
-
-def _eager_attention(
-    module: nn.Module,
-    q_BALQ: Tensor,
-    k_BALQ: Tensor,
-    v_BALQ: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, Tensor]:
-    repeats = cast(int, module.num_key_value_groups)
-    k_BALQ, v_BALQ = k_BALQ.repeat_interleave(repeats, dim=1), v_BALQ.repeat_interleave(repeats, dim=1)
-    scores = q_BALQ @ k_BALQ.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    # float32 for half precision; a float64 model keeps float64
-    dtype = torch.promote_types(scores.dtype, torch.float32)
-    weights = F.dropout(scores.softmax(-1, dtype=dtype).to(scores.dtype), p=dropout, training=module.training)
-    return (weights @ v_BALQ).transpose(1, 2).contiguous(), weights
-
-
-class NemotronHMLP(nn.Module):
-    def __init__(self, config: NemotronHConfig, intermediate_size: int):
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
-        self.down_proj = residual_linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.mlp_hidden_act]
-
-    def forward(self, x: Tensor, **_: Any) -> Tensor:
-        return project(self.down_proj, self.act_fn(project(self.up_proj, x)))
-
-
-class NemotronHTopkRouter(Float32Parameters):
-    """Sigmoid router in float32; the correction bias decides which experts are chosen, never their weight."""
-
-    e_score_correction_bias: Tensor
-
-    def __init__(self, config: NemotronHConfig):
-        super().__init__()
-        self.top_k = config.num_experts_per_tok
-        self.n_group = config.n_group
-        self.topk_group = config.topk_group
-        self.norm_topk_prob = config.norm_topk_prob
-        self.routed_scaling_factor = config.routed_scaling_factor
-        dtype = parameter_dtype()
-        self.weight = nn.Parameter(torch.zeros(config.n_routed_experts, config.hidden_size, dtype=dtype))
-        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=dtype))
-
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(T, D) -> logits (T, E), weights (T, k), indices (T, k)."""
-        with ops.without_autocast(x_TD.device):
-            logits_TE = F.linear(x_TD.to(self.weight.dtype), self.weight)
-        indices_Tk, weights_Tk = ops.router(
-            logits_TE,
-            self.e_score_correction_bias,
-            top_k=self.top_k,
-            n_group=self.n_group,
-            topk_group=self.topk_group,
-            norm_topk_prob=self.norm_topk_prob,
-            scaling=self.routed_scaling_factor,
-        )
-        return logits_TE, weights_Tk, indices_Tk
-
-
-@use_experts_implementation(has_gate=False)
-class _LibraryExperts(nn.Module):
-    """Squared-ReLU experts as 3-D parameters, run by `transformers`' experts interface (grouped GEMM and others)."""
-
-    config: NemotronHConfig  # set by the decorator
-
-    def __init__(self, config: NemotronHConfig):
-        super().__init__()
-        self.num_experts = config.n_routed_experts
-        width, inner = config.moe_latent_size or config.hidden_size, config.moe_intermediate_size
-        self.up_proj = nn.Parameter(torch.empty(self.num_experts, inner, width))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, width, inner))
-        self.act_fn = ACT2FN[config.mlp_hidden_act]
-
-    def forward(self, x_TD: Tensor, indices_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-        """The interface's "eager": one expert after the other, tokens gathered and scattered."""
-        out_TD = torch.zeros_like(x_TD, dtype=weights_Tk.dtype)
-        for expert in indices_Tk.unique().tolist():
-            token, slot = torch.where(indices_Tk == expert)
-            hidden = self.act_fn(F.linear(x_TD[token], self.up_proj[expert]))
-            y = F.linear(hidden, self.down_proj[expert]) * weights_Tk[token, slot, None]
-            out_TD = out_TD.index_add(0, token, y.to(out_TD.dtype))
-        return out_TD.to(x_TD.dtype)
-
-
-class NemotronHExperts(_LibraryExperts):
-    def forward(self, x_TD: Tensor, indices_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-        if self.config._experts_implementation == "grouped_mm":  # the default; another was asked for
-            y_TD = ops.routed_experts(x_TD, self.up_proj, self.down_proj, self.act_fn, indices_Tk, weights_Tk)
-            if y_TD is not None:
-                return y_TD
-        run = _LibraryExperts.forward
-        if self.config._experts_implementation == "grouped_mm" and not self._grouped_gemm_runs():
-            run = run.__wrapped__  # type: ignore[attr-defined]
-        return run(self, x_TD, indices_Tk, weights_Tk)
-
-    def _grouped_gemm_runs(self) -> bool:
-        """torch's grouped GEMM refuses float64, and rows that are not a multiple of 16 bytes."""
-        dtype = self.up_proj.dtype
-        if torch.compiler.is_compiling() and dtype != torch.bfloat16:
-            # Traced, the library has a form of its own for all but bfloat16, which takes any dtype and width.
-            return True
-        return dtype != torch.float64 and all(size * dtype.itemsize % 16 == 0 for size in self.up_proj.shape[1:])
-
-
-class NemotronHMoE(nn.Module):
-    """Routed experts (in a latent space if `moe_latent_size`) plus shared experts that see every token."""
-
-    def __init__(self, config: NemotronHConfig):
-        super().__init__()
-        self.gate = NemotronHTopkRouter(config)
-        self.experts = NemotronHExperts(config)
-        self.shared_experts = NemotronHMLP(config, config.moe_shared_expert_intermediate_size)
-        if config.moe_latent_size:
-            width, latent, bias = config.hidden_size, config.moe_latent_size, config.mlp_bias
-            self.fc1_latent_proj: nn.Module = nn.Linear(width, latent, bias=bias)
-            self.fc2_latent_proj: nn.Module = nn.Linear(latent, width, bias=bias)
-        else:
-            self.fc1_latent_proj = self.fc2_latent_proj = nn.Identity()
-
-    def forward(self, x_BLD: Tensor, **_: Any) -> Tensor:
-        x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
-        _logits, weights_Tk, indices_Tk = self.gate(x_TD)
-        y_TD = self.experts(project(self.fc1_latent_proj, x_TD), indices_Tk, weights_Tk)
-        y_TD = project(self.fc2_latent_proj, y_TD)
-        return y_TD.view(x_BLD.shape) + self.shared_experts(x_BLD)
-
-
-def build_mixer(config: NemotronHConfig, kind: str, layer_idx: int) -> nn.Module:
-    """The mixer of one layer; `kind` as in `config.layers_block_type`."""
-    if kind == "mamba":
-        return NemotronHMamba2Mixer(config, layer_idx)
-    if kind == "attention":
-        return NemotronHAttention(config, layer_idx)
-    if kind == "mlp":
-        return NemotronHMLP(config, config.mlp_intermediate_size(layer_idx))
-    return NemotronHMoE(config)
-
-
-class NemotronHBlock(GradientCheckpointingLayer):
-    """`x + mixer(RMSNorm(x))`."""
-
-    def __init__(self, config: NemotronHConfig, layer_idx: int):
-        super().__init__()
-        self.block_type = config.layers_block_type[layer_idx]
-        self.residual_in_fp32 = config.residual_in_fp32
-        self.norm = NemotronHRMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.mixer = build_mixer(config, self.block_type, layer_idx)
-
-    def forward(
-        self, x_BLD: Tensor, attention_mask: Any = None, mask_BL: Tensor | None = None, **kwargs: Any
-    ) -> Tensor:
-        normed = self.norm(x_BLD.to(self.norm.weight.dtype))
-        if self.block_type == "attention":
-            y_BLD, _ = self.mixer(normed, attention_mask=attention_mask, **kwargs)
-        else:
-            y_BLD = self.mixer(normed, mask_BL=mask_BL, **kwargs)
-        if self.residual_in_fp32:
-            x_BLD = x_BLD.to(torch.promote_types(x_BLD.dtype, torch.float32))
-        return x_BLD + y_BLD
 
 
 class NemotronHPreTrainedModel(Distributed, PreTrainedModel):
@@ -583,34 +193,13 @@ class NemotronHPreTrainedModel(Distributed, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialisation for training from scratch; `transformers` calls it for weights no checkpoint gave only."""
         super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, NemotronHMamba2Mixer):
-            # A ~ U(1, 16); dt log-uniform in [time_step_min, time_step_max], through the inverse of softplus.
-            low, high = math.log(self.config.time_step_min), math.log(self.config.time_step_max)
-            dt_H = torch.exp(torch.rand(module.num_heads) * (high - low) + low).clamp(min=self.config.time_step_floor)
-            init.copy_(module.A_log, torch.empty(module.num_heads).uniform_(1, 16).log())
-            init.copy_(module.dt_bias, dt_H + torch.log(-torch.expm1(-dt_H)))
-            init.ones_(module.D)
-            fan_in = module.conv1d.weight.shape[-1]
-            init.uniform_(module.conv1d.weight, -(fan_in**-0.5), fan_in**-0.5)
-            if module.conv1d.bias is not None:
-                init.zeros_(module.conv1d.bias)
-        elif isinstance(module, NemotronHTopkRouter):
-            init.normal_(module.weight, std=std)
-            init.zeros_(module.e_score_correction_bias)
-        elif isinstance(module, _LibraryExperts):
-            init.normal_(module.up_proj, std=std)
-            init.normal_(module.down_proj, std=std / self._residual_scale)
+        if isinstance(module, (NemotronHMamba2Mixer, NemotronHTopkRouter, NemotronHExperts)):
+            module.initialize(self.config)
         elif isinstance(module, (NemotronHRMSNorm, NemotronHRMSNormGated)):
             init.ones_(module.weight)
         elif isinstance(module, nn.Linear) and getattr(module, "writes_residual", False):
-            # What writes to the residual stream starts smaller, by the depth (GPT-2, Megatron-LM). Said by the linear
-            # itself: the library passes over modules without parameters of their own, as a block is.
-            init.normal_(module.weight, std=std / self._residual_scale)
-
-    @property
-    def _residual_scale(self) -> float:
-        return math.sqrt(self.config.num_hidden_layers) if self.config.rescale_prenorm_residual else 1.0
+            # Said by the linear itself: the library passes over modules without parameters of their own, as a block is.
+            init.normal_(module.weight, std=residual_std(self.config))
 
 
 class NemotronHModel(NemotronHPreTrainedModel):
@@ -749,7 +338,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
         only."""
         return (
             self.config._attn_implementation == "sdpa"
-            and ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", _eager_attention) is sdpa_attention_forward
+            and ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", eager_attention) is sdpa_attention_forward
             and F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
@@ -765,59 +354,6 @@ class NemotronHModel(NemotronHPreTrainedModel):
                 )
             )
         )
-
-
-class NemotronHMTPLayer(NemotronHBlock):
-    """One layer of a multi-token-prediction depth; the first of a depth joins the next token's embedding in, the last
-    has the depth's own final norm."""
-
-    def __init__(self, config: NemotronHConfig, kind: str, idx: int, first: bool, last: bool):
-        GradientCheckpointingLayer.__init__(self)
-        width, eps = config.hidden_size, config.layer_norm_epsilon
-        self.block_type = kind
-        self.residual_in_fp32 = config.residual_in_fp32
-        self.norm = NemotronHRMSNorm(width, eps)
-        self.mixer = build_mixer(config, kind, idx)
-        if first:
-            self.enorm = NemotronHRMSNorm(width, eps)
-            self.hnorm = NemotronHRMSNorm(width, eps)
-            self.eh_proj = nn.Linear(2 * width, width, bias=False)
-        if last:
-            self.final_layernorm = NemotronHRMSNorm(width, eps)
-        self.first, self.last = first, last
-
-    def forward(self, x_BLD: Tensor, embeds_BLD: Tensor | None = None, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        if self.first:
-            assert embeds_BLD is not None
-            x_BLD = project(self.eh_proj, torch.cat([self.enorm(embeds_BLD), self.hnorm(x_BLD)], dim=-1))
-        x_BLD = super().forward(x_BLD, **kwargs)
-        return self.final_layernorm(x_BLD.to(self.final_layernorm.weight.dtype)) if self.last else x_BLD
-
-
-class NemotronHMultiTokenPredictor(nn.Module):
-    """The `mtp.*` tensors of a checkpoint: `num_nextn_predict_layers` depths of `mtp_layers_block_type`. What they are
-    for, the loss and drafting, is in mtp.py."""
-
-    def __init__(self, config: NemotronHConfig):
-        super().__init__()
-        kinds = config.mtp_layers_block_type
-        self.depths, self.pattern_length = config.num_nextn_predict_layers, len(kinds)
-        self.layers = nn.ModuleList(
-            NemotronHMTPLayer(config, kind, idx, first=idx == 0, last=idx == len(kinds) - 1)
-            for _depth in range(self.depths)
-            for idx, kind in enumerate(kinds)
-        )
-
-    def forward(self, x_BLD: Tensor, embeds_BLD: Tensor, depth: int, **kwargs: Any) -> Tensor:
-        """The hidden states of one depth, counted from 0, from those of the one before (of the model for the first)
-        and the embeddings of the tokens that many places further on; (B, L, D) each. The head takes them as they are.
-
-        Depths that the checkpoint has not are its last one again.
-        """
-        first = min(depth, self.depths - 1) * self.pattern_length
-        for layer in self.layers[first : first + self.pattern_length]:
-            x_BLD = layer(x_BLD, embeds_BLD, **kwargs)
-        return x_BLD
 
 
 class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
@@ -1133,9 +669,21 @@ def _subclasses(cls: type) -> Iterator[type]:
 published.register()
 
 __all__ = [
+    "NemotronHAttention",
+    "NemotronHBlock",
+    "NemotronHConv1d",
+    "NemotronHExperts",
     "NemotronHForCausalLM",
     "NemotronHForSequenceClassification",
     "NemotronHForTokenClassification",
+    "NemotronHMLP",
+    "NemotronHMTPLayer",
+    "NemotronHMamba2Mixer",
+    "NemotronHMoE",
     "NemotronHModel",
+    "NemotronHMultiTokenPredictor",
     "NemotronHPreTrainedModel",
+    "NemotronHRMSNorm",
+    "NemotronHRMSNormGated",
+    "NemotronHTopkRouter",
 ]

@@ -8,7 +8,7 @@ the embedding of token t+k, and predicts token t+k+1 through the model's own `lm
 After `norm_f`, because NVIDIA's own training says so (NeMo Automodel's MTPModule takes "output of the main model's
 final norm (h_0)"); vLLM's drafter is given the same. Depths beyond those of the checkpoint are its last one again.
 
-Shape suffixes as in modeling.py.
+Shape suffixes as in layers/__init__.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.generation.candidate_generator import CandidateGenerator
@@ -30,11 +30,14 @@ from transformers.generation.logits_process import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .cache.hybrid import ROLLBACK, NemotronHCache, cache_length
+from .configuration import NemotronHConfig
+from .layers.block import NemotronHBlock, build_mixer
 from .layers.masks import read_mask
 from .layers.packing import document_ids, padding_mask
-from .layers.parts import project
+from .layers.parts import NemotronHRMSNorm, project
 from .training import losses
 
 MOST = ROLLBACK // 2
@@ -43,6 +46,58 @@ MOST = ROLLBACK // 2
 _WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 _FORMAT = "nemotron_h.mtp"
 _REMEDY = "load one that has (Nemotron 3 Super, Ultra), or make one with nemotron_h.mtp.add_head and train it"
+
+
+class NemotronHMTPLayer(NemotronHBlock):
+    """One layer of a multi-token-prediction depth; the first of a depth joins the next token's embedding in, the last
+    has the depth's own final norm."""
+
+    def __init__(self, config: NemotronHConfig, kind: str, idx: int, first: bool, last: bool):
+        GradientCheckpointingLayer.__init__(self)
+        width, eps = config.hidden_size, config.layer_norm_epsilon
+        self.block_type = kind
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.norm = NemotronHRMSNorm(width, eps)
+        self.mixer = build_mixer(config, kind, idx)
+        if first:
+            self.enorm = NemotronHRMSNorm(width, eps)
+            self.hnorm = NemotronHRMSNorm(width, eps)
+            self.eh_proj = nn.Linear(2 * width, width, bias=False)
+        if last:
+            self.final_layernorm = NemotronHRMSNorm(width, eps)
+        self.first, self.last = first, last
+
+    def forward(self, x_BLD: Tensor, embeds_BLD: Tensor | None = None, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        if self.first:
+            assert embeds_BLD is not None
+            x_BLD = project(self.eh_proj, torch.cat([self.enorm(embeds_BLD), self.hnorm(x_BLD)], dim=-1))
+        x_BLD = super().forward(x_BLD, **kwargs)
+        return self.final_layernorm(x_BLD.to(self.final_layernorm.weight.dtype)) if self.last else x_BLD
+
+
+class NemotronHMultiTokenPredictor(nn.Module):
+    """The `mtp.*` tensors of a checkpoint: `num_nextn_predict_layers` depths of `mtp_layers_block_type`."""
+
+    def __init__(self, config: NemotronHConfig):
+        super().__init__()
+        kinds = config.mtp_layers_block_type
+        self.depths, self.pattern_length = config.num_nextn_predict_layers, len(kinds)
+        self.layers = nn.ModuleList(
+            NemotronHMTPLayer(config, kind, idx, first=idx == 0, last=idx == len(kinds) - 1)
+            for _depth in range(self.depths)
+            for idx, kind in enumerate(kinds)
+        )
+
+    def forward(self, x_BLD: Tensor, embeds_BLD: Tensor, depth: int, **kwargs: Any) -> Tensor:
+        """The hidden states of one depth, counted from 0, from those of the one before (of the model for the first)
+        and the embeddings of the tokens that many places further on; (B, L, D) each. The head takes them as they are.
+
+        Depths that the checkpoint has not are its last one again.
+        """
+        first = min(depth, self.depths - 1) * self.pattern_length
+        for layer in self.layers[first : first + self.pattern_length]:
+            x_BLD = layer(x_BLD, embeds_BLD, **kwargs)
+        return x_BLD
 
 
 def check_head(model: Any, wanted: str) -> None:
@@ -64,8 +119,6 @@ def add_head(model: Any, pattern: str = "*-", depths: int = 1) -> Any:
     Raises:
         ValueError: the model has a head already, or the config would be wrong.
     """
-    from .modeling import NemotronHMultiTokenPredictor
-
     if getattr(model, "mtp", None) is not None:
         raise ValueError(
             f"The model has an MTP head already, of {model.mtp.depths} depths: train it, or set model.mtp = None first."

@@ -465,6 +465,23 @@ def test_every_experts_implementation_is_the_same_function(family, dtype):
                 assert relative_difference(got[name], expected_gradients[name], record=False) <= limit, name
 
 
+class Subclass(NemotronHForCausalLM):
+    """A user's, in a file that says nothing of either interface."""
+
+
+@core
+def test_both_interfaces_can_be_set():
+    """The library looks for them in the source of the model's file, where the layers are not."""
+    ids, expected = tokens(2, 13), small_model("moe")
+    for cls in (NemotronHForCausalLM, Subclass):
+        model = cls(copy.deepcopy(expected.config)).double().eval()
+        model.load_state_dict(expected.state_dict())
+        model.set_attn_implementation("eager")
+        model.set_experts_implementation("batched_mm")
+        assert (model.config._attn_implementation, model.config._experts_implementation) == ("eager", "batched_mm")
+        assert relative_difference(model(ids).logits, expected(ids).logits) <= TOLERANCE
+
+
 # Tracing
 
 

@@ -28,6 +28,10 @@ from ..cache.hybrid import GrowingLayer, MambaLayer
 from ..ops import FEW_TOKENS, native
 from ..ops.int8_int4 import packed_dtypes, packed_shapes
 from ..ops.linear import few_rows
+from .attention import NemotronHAttention
+from .block import NemotronHBlock
+from .mamba import NemotronHMamba2Mixer
+from .moe import NemotronHMLP
 from .parts import NemotronHConv1d, NemotronHRMSNorm, NemotronHRMSNormGated, is_called_plainly
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -271,18 +275,16 @@ class _Parts:
             self.fit = False
 
     def _block(self, block: Any) -> tuple[int, torch.dtype]:
-        from .. import modeling
-
-        self._module(block, modeling.NemotronHBlock)
+        self._module(block, NemotronHBlock)
         mixer, norm, struct = block._modules["mixer"], self._part(block, "norm", NemotronHRMSNorm), self.struct
         dtype = norm.weight.dtype
         _require(dtype in _DTYPES and (not block.residual_in_fp32 or dtype == torch.float32))
         self.dtype, self.width = dtype, norm.weight.numel()
         struct.norm, struct.eps = self._tensor(norm, (self.width,)), norm.variance_epsilon
         kinds: dict[type[nn.Module], Callable[[Any], None]] = {
-            modeling.NemotronHMamba2Mixer: self._mamba,
-            modeling.NemotronHAttention: self._attention,
-            modeling.NemotronHMLP: self._mlp,
+            NemotronHMamba2Mixer: self._mamba,
+            NemotronHAttention: self._attention,
+            NemotronHMLP: self._mlp,
         }
         self._module(mixer, type(mixer))
         kinds[type(mixer)](mixer)

@@ -1,14 +1,15 @@
 """The parts that the mixers are made of: calls of linear layers, norms, the convolution, parameters that stay float32.
 
-Shape suffixes as in modeling.py.
+Shape suffixes as in layers/__init__.py.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 from .. import ops
+
+if TYPE_CHECKING:
+    from ..configuration import NemotronHConfig
 
 
 def parameter_dtype() -> torch.dtype:
@@ -119,6 +123,11 @@ def residual_linear(in_features: int, out_features: int, bias: bool) -> nn.Linea
     linear = nn.Linear(in_features, out_features, bias=bias)
     vars(linear)["writes_residual"] = True
     return linear
+
+
+def residual_std(config: NemotronHConfig) -> float:
+    """What writes to the residual stream starts smaller, by the depth (GPT-2, Megatron-LM)."""
+    return config.initializer_range / (math.sqrt(config.num_hidden_layers) if config.rescale_prenorm_residual else 1.0)
 
 
 class NemotronHRMSNorm(nn.Module):

@@ -17,7 +17,7 @@ pieces. They are kept as a DTensor with the rows **in the order of the ranks** (
 rank 1's), of which each has a plain `Shard(0)`; norms, clipping, optimizers and FSDP on top see nothing unusual. The
 order is made while reading (`_RankRows`: each process reads its own rows of the file alone) and undone while saving.
 
-Shape suffixes as in modeling.py.
+Shape suffixes as in layers/__init__.py.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -30,7 +31,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import ops
 from ..configuration import NemotronHConfig
-from ..modeling import NemotronHExperts, NemotronHForCausalLM
+from ..layers.moe import NemotronHExperts
 from ..ops.int8_int4 import packed_dtypes, packed_shapes
 
 QUANT_METHOD = "nemotron_h_weight_only"
@@ -460,7 +461,7 @@ def _wrong_shape(source: Any, name: str, found: Any, expected: Any) -> str:
 def weight_bytes(config: NemotronHConfig, quantization_config: NemotronHQuantizationConfig) -> tuple[int, int]:
     """Bytes of a causal model's weights as its config has them, and quantised. Nothing is read or allocated."""
     with torch.device("meta"):
-        model = NemotronHForCausalLM(config).to(config.dtype or torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config).to(config.dtype or torch.bfloat16)
     plain = _bytes(model)
     for name, module in list(_to_quantize(model, quantization_config, check=True)):
         model.set_submodule(name, _packed(module, quantization_config.bits, packed=True))

@@ -33,7 +33,7 @@ from ..checkpoints import modelopt
 from ..checkpoints.modelopt import FP8, INPUT_SCALE, KV_SCALES, QUANT_METHOD, SIDECAR, WEIGHT_SCALE, Recipe, canonical
 from ..checkpoints.tensors import SafetensorsFolder, Shape, Spec
 from ..configuration import NemotronHConfig
-from ..modeling import NemotronHExperts
+from ..layers.moe import NemotronHExperts
 from .int8_int4 import NemotronHQuantizer, PackedExperts, _PackedWeights
 
 PACKED = "packed"

@@ -1,6 +1,6 @@
 """The language-modelling loss without logits: what `model.chunked_loss` and `skip_logits=True` ask for.
 
-Shape suffixes as in modeling.py.
+Shape suffixes as in layers/__init__.py.
 """
 
 from __future__ import annotations
