@@ -57,7 +57,7 @@ from .layers.parts import NemotronHConv1d, NemotronHRMSNorm, NemotronHRMSNormGat
 from .mtp import NemotronHMTPLayer, NemotronHMultiTokenPredictor
 from .parallel.tensor import Distributed
 from .training import losses
-from .training.lora import check_no_prefix, check_no_virtual_tokens, let_peft_adapt
+from .training.peft_bridge import check_no_virtual_tokens, join_peft
 
 _FORWARD_KWARGS = frozenset(
     {*TransformersKwargs.__optional_keys__, "return_dict", "debug_io", "debug_io_dir", "prune_layers"}
@@ -97,6 +97,7 @@ class NemotronHPreTrainedModel(Distributed, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    calls_out_proj = True  # as a module, on every path: what PEFT puts there counts (training/peft_bridge.py asks)
     # Otherwise the library reads the source of the file that a class is in, which for a user's subclass is another.
     _can_set_experts_implementation_cached_value = True
     # Mamba layers can forget their last tokens (MambaLayer.crop), so generate() need not refuse what asks for that.
@@ -177,11 +178,6 @@ class NemotronHPreTrainedModel(Distributed, PreTrainedModel):
         if name == "backbone" and self.base_model_prefix in self._modules:
             name = self.base_model_prefix
         super().__setattr__(name, value)
-
-    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
-        """`nn.Module.named_modules`. PEFT looks for its targets here: the moment to tell it what it may adapt."""
-        let_peft_adapt()
-        return super().named_modules(*args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """`PreTrainedModel.save_pretrained`, in the published layout. A wrong config is refused before anything is
@@ -519,7 +515,6 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
                 `use_mtp` and a checkpoint without an MTP head, or more tokens at a time than the cache takes back.
         """
         _check_renamed(kwargs)
-        check_no_prefix(self)
         check_prompt(args, kwargs, self.config)
         kwargs = mtp.generation_options(self, args, kwargs)
         if (prompt_cache := kwargs.pop("prompt_cache", None)) is not None:
@@ -667,6 +662,7 @@ def _subclasses(cls: type) -> Iterator[type]:
 
 
 published.register()
+join_peft()
 
 __all__ = [
     "NemotronHAttention",

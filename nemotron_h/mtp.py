@@ -319,7 +319,6 @@ def is_asked(generation_config: Any) -> bool:
     return (
         bool(getattr(generation_config, "use_mtp", None))
         and getattr(generation_config, "prompt_lookup_num_tokens", None) is None
-        and getattr(generation_config, "assistant_early_exit", None) is None
     )
 
 

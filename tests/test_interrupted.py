@@ -139,7 +139,7 @@ class _Streamer:
     def end(self): ...
 
 
-@pytest.mark.parametrize("drafts", [{}, {"prompt_lookup_num_tokens": 4}, {"assistant_early_exit": 3}])
+@pytest.mark.parametrize("drafts", [{}, {"prompt_lookup_num_tokens": 4}])
 @torch.no_grad()
 def test_in_the_middle_of_generate(model, drafts, tmp_path):
     cache = NemotronHCache(model.config)

@@ -304,19 +304,49 @@ def test_out_proj_by_name_in_this_package_s_class_and_in_no_other(tmp_path):
     assert lora_coverage(wrapped, adapter_name="second").adapted_layers == 3
 
 
-def test_peft_may_be_imported_after_the_model_is_made():
-    script = """
-        import sys
-        import nemotron_h
-        nemotron_h.lora_config
-        config = nemotron_h.NemotronHConfig(hybrid_override_pattern="M", hidden_size=32, mamba_num_heads=8)
-        model = nemotron_h.NemotronHForCausalLM(config)
-        assert "peft" not in sys.modules
+DOORS = """
+    import sys
+    from pathlib import Path
+    if {first}:
         import peft
-        peft.get_peft_model(model, peft.LoraConfig(target_modules=["out_proj"])).print_trainable_parameters()
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
-    assert done.stdout.startswith("trainable params"), done.stderr
+    import torch
+    import transformers.integrations.peft as integration
+    from nemotron_h import NemotronHForCausalLM
+    folder = Path({folder!r})
+    doors = ("get_peft_model", "inject", "PeftModel", "add_adapter", "load_adapter", "prefix")
+    models = {{door: NemotronHForCausalLM.from_pretrained(folder / "base", quantize="int8") for door in doors}}
+    assert {first} == ("peft" in sys.modules)
+    import peft
+    integration.check_peft_version = lambda *_, **__: None  # its newest version asks for one that is newer than this
+
+    def config():
+        return peft.LoraConfig(target_modules=["out_proj"], target_parameters=["experts.up_proj"], r=2)
+
+    peft.get_peft_model(models["get_peft_model"], config()).save_pretrained(folder / "adapter")
+    peft.inject_adapter_in_model(config(), models["inject"])
+    peft.PeftModel.from_pretrained(models["PeftModel"], folder / "adapter")
+    models["add_adapter"].add_adapter(config())
+    models["load_adapter"].load_adapter(folder / "adapter")
+    for door in doors[:-1]:
+        layers = {{type(m) for m in models[door].modules() if isinstance(m, peft.tuners.lora.LoraLayer)}}
+        print(door, *sorted(f"{{layer.__module__}}.{{layer.__name__}}" for layer in layers))
+    try:
+        peft.PeftModelForCausalLM(models["prefix"], peft.PrefixTuningConfig("CAUSAL_LM", num_virtual_tokens=5))
+    except ValueError as error:
+        print("prefix", error)
+"""
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["PEFT first", "PEFT last"])
+def test_every_way_in_reaches_out_proj_and_packed_experts(first, tmp_path):
+    """TRL's is get_peft_model."""
+    small_model("moe", torch.float32).save_pretrained(tmp_path / "base")
+    script = textwrap.dedent(DOORS.format(first=first, folder=str(tmp_path)))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    *doors, prefix = done.stdout.splitlines() or [""]
+    ours = "nemotron_h.training.lora_quantized.Linear nemotron_h.training.lora_quantized.ParamWrapper"
+    assert [door.partition(" ")[2] for door in doors] == [ours] * 5, done.stdout + done.stderr
+    assert prefix.startswith("prefix PREFIX_TUNING learns keys and values")
 
 
 # In the path, forward and backward

@@ -36,10 +36,7 @@ def run(
     assistant: Annotated[
         str | None, typer.Option(metavar="FOLDER|HUB_ID", help="A smaller model that drafts; the model checks.")
     ] = None,
-    early_exit: Annotated[
-        str | None,
-        typer.Option(metavar="N|I,J,..", help="Draft with the model's first N layers, or with these of them."),
-    ] = None,
+    early_exit: Annotated[str | None, typer.Option(hidden=True)] = None,  # refused: it was an option once
     mtp: Annotated[
         bool, typer.Option("--mtp", help="Draft with the multi-token-prediction head; the bundled model has one.")
     ] = False,
@@ -51,7 +48,12 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     sampling = sampling_arguments(greedy, temperature, top_p, top_k)
-    drafts = draft_arguments(prompt_lookup, assistant, early_exit, mtp, mtp_tokens)
+    if early_exit is not None:
+        raise ValueError(
+            f"--early-exit {early_exit} drafted with some of the model's own layers, which made nothing faster and is "
+            "gone: use --prompt-lookup, --assistant or --mtp."
+        )
+    drafts = draft_arguments(prompt_lookup, assistant, mtp, mtp_tokens)
     text = decoded(sys.stdin.buffer.read(), "The prompt").rstrip("\n") if prompt == "-" else prompt
     if not text.strip():
         raise ValueError(f"The prompt {text!r} is empty; write a question, or - and send one to standard input.")
@@ -94,36 +96,19 @@ def run(
 
 
 def draft_arguments(
-    prompt_lookup: int | None,
-    assistant: str | None,
-    early_exit: str | None,
-    mtp: bool = False,
-    mtp_tokens: int | None = None,
+    prompt_lookup: int | None, assistant: str | None, mtp: bool = False, mtp_tokens: int | None = None
 ) -> dict[str, Any]:
     """The options as `generate()` takes them, but for the assistant, which has to be loaded."""
     if mtp_tokens is not None and not mtp:
         raise ValueError(f"--mtp-tokens {mtp_tokens} is a number of drafts of --mtp; add --mtp, or leave it out.")
-    given = {
-        "--prompt-lookup": prompt_lookup,
-        "--assistant": assistant,
-        "--early-exit": early_exit,
-        "--mtp": mtp or None,
-    }
+    given = {"--prompt-lookup": prompt_lookup, "--assistant": assistant, "--mtp": mtp or None}
     if len(names := [name for name, value in given.items() if value is not None]) > 1:
         raise ValueError(f"{' and '.join(names)} draft in different ways; leave all but one of them out.")
     if prompt_lookup is not None:
         return {"prompt_lookup_num_tokens": prompt_lookup}
     if mtp:
         return {"use_mtp": True} | ({} if mtp_tokens is None else {"num_assistant_tokens": mtp_tokens})
-    if early_exit is None:
-        return {}
-    try:
-        layers = [int(part) for part in early_exit.split(",")]
-    except ValueError:
-        raise ValueError(
-            f"--early-exit {early_exit!r} is neither a number of layers nor a list of them; write it like 4 or 0,1,3,4."
-        ) from None
-    return {"assistant_early_exit": layers if "," in early_exit else layers[0]}
+    return {}
 
 
 def sampling_arguments(

@@ -1,29 +1,27 @@
-"""Speculation: `generate(prompt_lookup_num_tokens=...)`, `assistant_model=` and `assistant_early_exit=`.
+"""Speculation: `generate(prompt_lookup_num_tokens=...)`, `assistant_model=` and `use_mtp=`.
 
 A draft of the next few tokens is checked by the model in one step, and what it would have said itself is kept; the
-cache goes back over the rest. Drafts come from the text (`Lookup`), from some of the model's own layers (`SelfDraft`),
-or from an assistant through the library's candidate generators. The loop is this package's, because it is exact on
-every supported version: logits processors and stopping criteria see what they see in plain `generate()`, once for every
-token that is generated and in the same order; generation ends where it would end; and where a draft comes without
+cache goes back over the rest. Drafts come from the text (`Lookup`), from the multi-token-prediction head (`mtp.py`), or
+from an assistant through the library's candidate generators. The loop is this package's, because it is exact on every
+supported version: logits processors and stopping criteria see what they see in plain `generate()`, once for every token
+that is generated and in the same order; generation ends where it would end; and where a draft comes without
 probabilities, the random draws are those of plain sampling, so that the same seed gives the same text.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.generation.candidate_generator import AssistedCandidateGenerator, CandidateGenerator
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from ..cache.hybrid import DRAFT, ROLLBACK, EmptyLayer, MambaLayer, NemotronHCache, Uninterrupted
+from ..cache.hybrid import DRAFT, ROLLBACK, MambaLayer, NemotronHCache, Uninterrupted
 from ..compat import CACHE_NAME, with_every_cache_name
-from ..layers.parts import project
 
 FIRST = ROLLBACK // 4
 """The longest draft that the step which sees the prompt checks: a long prompt comes in pieces, and the last one may be
@@ -93,77 +91,17 @@ class Lookup(CandidateGenerator):
         """Nothing: the next match decides."""
 
 
-class SelfDraft(CandidateGenerator):
-    """Drafts of the model itself with some of its layers, on its own cache: no second model and no second prompt.
-
-    The layers that are used see the draft, in the states that the whole model left, and go back over it before it is
-    checked. A draft ends early after a token that the layers give less than `threshold`, and after an end token.
-    """
-
-    requires_model_outputs = True
-    model_kwargs_overrides: dict[str, Any] = {}
-
-    def __init__(self, model: Any, layers: Sequence[int], number: int, threshold: float, ends: Tensor | None):
-        self.layers, self.number, self.threshold = set(layers), number, threshold
-        self.ends = set() if ends is None else set(ends.reshape(-1).tolist())
-        self.head, self.config = model.lm_head, model.config
-        self.remember = any(model.config.layers_block_type[i] in ("mamba", "attention") for i in layers)
-        # The same modules in a shorter list; the copy's own forward, where something (accelerate) wrapped the model's.
-        self.model = copy.copy(model.model)
-        self.model.__dict__.pop("forward", None)
-        self.model._modules = {**model.model._modules, "layers": nn.ModuleList(model.model.layers[i] for i in layers)}
-
-    def _view(self, cache: Any) -> NemotronHCache:
-        """The cache with the other layers left out: its length is theirs who have seen the draft."""
-        view = copy.copy(cache) if isinstance(cache, NemotronHCache) else NemotronHCache(self.config)
-        view.layers = [layer if i in self.layers else EmptyLayer() for i, layer in enumerate(cache.layers)]
-        return view
-
-    @torch.no_grad()
-    def update_candidate_strategy(self, *_: Any) -> None:
-        """Nothing: a draft ends where the layers are unsure."""
-
-    def get_candidates(  # type: ignore[override]
-        self, input_ids: Tensor, model_kwargs: dict[str, Any], is_first_iteration: bool, **_: Any
-    ) -> tuple[Tensor, None]:
-        """`input_ids` (1, L), and after them what the layers would say next; no probabilities."""
-        if is_first_iteration or self.number < 1:
-            return input_ids, None
-        cache = self._view(model_kwargs[CACHE_NAME]) if self.remember else None
-        mask = model_kwargs.get("attention_mask") if self.remember else None
-        drafted, seen = input_ids, 0
-        while True:
-            given = {"attention_mask": mask, "use_cache": self.remember, CACHE_NAME: cache}
-            x_BLD = self.model(drafted[:, -1:], **given).last_hidden_state
-            seen += 1
-            probabilities = project(self.head, x_BLD[:, -1]).float().softmax(-1)
-            best, token = probabilities.max(-1, keepdim=True)
-            drafted = torch.cat([drafted, token.to(drafted)], dim=1)
-            if seen == self.number or float(best) < self.threshold or int(token) in self.ends:
-                break
-            if mask is not None:
-                mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
-        if cache is not None:
-            cache.crop(-seen)
-        return drafted, None
-
-
 def check(model: Any, generation_config: Any, assistant: Any = None) -> None:
     """Refuse, before anything is generated, a draft that could not be taken back.
 
     Raises:
-        ValueError: a draft longer than a cache goes back, or layers that the model does not have.
+        ValueError: a draft longer than a cache goes back.
     """
     mamba = "mamba" in model.config.layers_block_type
-    exit_, lookup = generation_config.assistant_early_exit, generation_config.prompt_lookup_num_tokens
-    longest = generation_config.max_matching_ngram_size
+    lookup, longest = generation_config.prompt_lookup_num_tokens, generation_config.max_matching_ngram_size
     if longest is not None and longest < 1:
         raise ValueError(f"max_matching_ngram_size={longest} compares nothing: pass at least 1, or leave it out.")
-    if exit_ is not None:
-        _layers(model, exit_)
-        if generation_config.num_assistant_tokens is not None:
-            _check_length("num_assistant_tokens", generation_config.num_assistant_tokens, DRAFT if mamba else None)
-    elif lookup is not None:
+    if lookup is not None:
         _check_length("prompt_lookup_num_tokens", lookup, ROLLBACK if mamba else None)
     elif assistant is not None:
         own = "mamba" in (getattr(assistant.config, "layers_block_type", None) or ())
@@ -180,33 +118,22 @@ def _check_length(name: str, value: int, limit: int | None) -> None:
         raise ValueError(f"{name}={value} drafts more tokens than a Mamba layer can take back: pass at most {limit}.")
 
 
-def _layers(model: Any, chosen: int | Sequence[int]) -> list[int]:
-    """The indices that `assistant_early_exit` names: the first so many layers, or these."""
-    number = model.config.num_hidden_layers
-    if isinstance(chosen, int) and not isinstance(chosen, bool):
-        if not 0 < chosen < number:
-            raise ValueError(
-                f"assistant_early_exit={chosen} leaves after so many layers, and the model has {number}: pass 1 to "
-                f"{number - 1}."
-            )
-        return list(range(chosen))
-    indices = sorted({int(index) for index in chosen}) if isinstance(chosen, (list, tuple, set, range)) else []
-    if not indices or indices[0] < 0 or indices[-1] >= number:
-        raise ValueError(
-            f"assistant_early_exit={chosen!r} names no layers to draft with: pass a number of layers, or some of the "
-            f"indices 0 to {number - 1}."
-        )
-    return indices
-
-
 def decode(model: Any, library: Callable[..., Any], input_ids: Tensor, **given: Any) -> Any:
     """`GenerationMixin._assisted_decoding` for a Nemotron-H: the arguments that it takes, by name.
 
     Args:
         library: the library's own, for what is left to it: several rows (refused there), generation that is kept in
             step over devices (`synced_gpus`), and drafts that are let pass (`assistant_ensemble_weight`).
+
+    Raises:
+        ValueError: `assistant_early_exit`, or what `check` refuses.
     """
     config, cache = given["generation_config"], given.get(CACHE_NAME)
+    if (early := config.assistant_early_exit) is not None:
+        raise ValueError(
+            f"assistant_early_exit={early!r} would draft with some of the model's own layers, which is not done here, "
+            "as it made nothing faster: pass prompt_lookup_num_tokens=, assistant_model= or use_mtp=True."
+        )
     if (
         given.get("synced_gpus")
         or input_ids.shape[0] > 1
@@ -255,13 +182,8 @@ class _Loop:
         self.outputs: Any = None
         self.matches = 0
         self.limit = ROLLBACK if any(isinstance(layer, MambaLayer) for layer in self.cache.layers) else None
-        exit_ = generation_config.assistant_early_exit
-        if exit_ is not None:
-            number = generation_config.num_assistant_tokens or DRAFT // 2
-            threshold = generation_config.assistant_confidence_threshold or 0.0
-            ends = getattr(generation_config, "_eos_token_tensor", None)
-            self.generator: Any = SelfDraft(model, _layers(model, exit_), number, threshold, ends)
-        elif generation_config.prompt_lookup_num_tokens is not None:
+        self.generator: Any
+        if generation_config.prompt_lookup_num_tokens is not None:
             # The library's takes the first match of two tokens, and asks the processors about tokens that nobody
             # generated.
             longest = generation_config.max_matching_ngram_size
@@ -461,4 +383,4 @@ def report(output: Any) -> dict[str, float] | None:
     }
 
 
-__all__ = ["Lookup", "NemotronHGenerateOutput", "SelfDraft", "Speculation", "report"]
+__all__ = ["Lookup", "NemotronHGenerateOutput", "Speculation", "report"]

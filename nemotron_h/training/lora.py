@@ -15,16 +15,12 @@ PEFT is imported when one of the functions is called, never with the package.
 
 from __future__ import annotations
 
-import functools
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-
-from ..configuration import NemotronHConfig
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -345,111 +341,4 @@ def _unmatched(config: LoraConfig, adapted: list[str]) -> Iterator[str]:
             yield name
 
 
-def packed_layers() -> dict[type[nn.Module], type[nn.Module]]:
-    """Module classes whose packed weights PEFT would not treat rightly, each with the adapter's class for it."""
-    from ..quantization.int8_int4 import PackedExperts, QuantizedLinear
-    from ..quantization.modelopt import LowPrecisionLinear
-    from .lora_quantized import Linear, ParamWrapper
-
-    return {PackedExperts: ParamWrapper, QuantizedLinear: Linear, LowPrecisionLinear: Linear}
-
-
-def check_no_virtual_tokens(model: Any, reason: str) -> None:
-    """Refuse, within `generate()`, what does not go with tokens that PEFT puts in front of the prompt and nobody sees.
-
-    Raises:
-        ValueError: the model is generating for a PEFT model with prompt tuning or the like.
-    """
-    config = _in_front(model)
-    if config is not None and config.is_prompt_learning:
-        raise ValueError(f"{reason}, and {_kind(config)} puts tokens of its own in front: leave it out of generate().")
-
-
-def check_no_prefix(model: Any) -> None:
-    """Refuse, within `generate()`, prefix tuning that was set up before PEFT could be told."""
-    if (config := _in_front(model)) is not None:
-        _refuse_prefix(config, model.config)
-
-
-def _in_front(model: Any) -> Any:
-    """The config of the PEFT model that a model is generating for."""
-    wrapper = getattr(model.prepare_inputs_for_generation, "__self__", model)
-    return None if wrapper is model else getattr(wrapper, "active_peft_config", None)
-
-
-def _kind(peft_config: Any) -> str:
-    return getattr(peft_config.peft_type, "value", peft_config.peft_type)
-
-
-def _refuse_prefix(peft_config: Any, config: NemotronHConfig) -> None:
-    if "mamba" in config.layers_block_type and _kind(peft_config) in ("PREFIX_TUNING", "CARTRIDGE"):
-        raise ValueError(
-            f"{_kind(peft_config)} learns keys and values that stand before the prompt, and Mamba layers have neither: "
-            "use peft.PromptTuningConfig or peft.PromptEncoderConfig, whose tokens every layer reads, or "
-            "nemotron_h.lora_config."
-        )
-
-
-def let_peft_adapt() -> None:
-    """Tell PEFT, once it is imported, what holds for this package's classes alone; idempotent.
-
-    There is no other way in: what it asks are functions of its own, which look at `config.model_type`, and that is also
-    the one of `transformers`' own class.
-    """
-    _put_in_front("peft.tuners.tuners_utils", "_check_lora_target_modules_mamba", _adapts_out_proj)
-    _put_in_front("peft.tuners.lora.model", "replicate_layers", _replicates_layers)
-    _put_in_front("peft.peft_model", "_prepare_prompt_learning_config", _refuses_prefixes)
-
-
-def _put_in_front(module: str, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    function = getattr(sys.modules.get(module), name, None)
-    if function is not None and not hasattr(function, "__wrapped__"):
-        setattr(sys.modules[module], name, functools.wraps(function)(make(function)))
-
-
-def _adapts_out_proj(check: Callable[..., Any]) -> Callable[..., Any]:
-    """PEFT refuses targets called `out_proj` in every model of this `model_type`, because `transformers`' own class
-    hands that weight to a fused kernel, past the adapter. This package's classes call `out_proj` as a module, whatever
-    kernel runs, so for their instances, and for that name only, the check is passed over; `conv1d` stays refused, and
-    so does either name in `transformers`' own class. The same call is the last before an adapter is made and knows
-    PEFT's config, so packed weights, which PEFT would not treat rightly, get the classes of `packed_layers` there."""
-
-    def check_unless_ours(peft_config: Any, model: Any, target_name: str) -> None:
-        from ..modeling import NemotronHPreTrainedModel
-
-        if isinstance(model, NemotronHPreTrainedModel):
-            if hasattr(peft_config, "_register_custom_module"):
-                peft_config._register_custom_module(packed_layers())
-            if target_name == "out_proj":
-                return
-        check(peft_config, model, target_name)
-
-    return check_unless_ours
-
-
-def _replicates_layers(replicate: Callable[..., Any]) -> Callable[..., Any]:
-    """PEFT's `layer_replication` sets the number of layers in the config, which here follows from the pattern: the
-    layers' kinds are repeated as well."""
-
-    def replicate_with_kinds(model: Any, layer_map: Any) -> None:
-        config = getattr(model, "config", None)
-        if isinstance(config, NemotronHConfig):
-            kinds, layers = config.layers_block_type, [i for start, end in layer_map for i in range(start, end)]
-            if not isinstance(config.intermediate_size, int):
-                config.intermediate_size = [config.mlp_intermediate_size(i) for i in layers if kinds[i] == "mlp"]
-            config.layers_block_type = [kinds[i] for i in layers]
-        replicate(model, layer_map)
-
-    return replicate_with_kinds
-
-
-def _refuses_prefixes(prepare: Callable[..., Any]) -> Callable[..., Any]:
-    def prepare_unless_prefix(peft_config: Any, model_config: Any) -> Any:
-        if isinstance(model_config, NemotronHConfig):
-            _refuse_prefix(peft_config, model_config)
-        return prepare(peft_config, model_config)
-
-    return prepare_unless_prefix
-
-
-__all__ = ["KINDS", "LoraCoverage", "let_peft_adapt", "lora_config", "lora_coverage", "packed_layers"]
+__all__ = ["KINDS", "LoraCoverage", "lora_config", "lora_coverage"]

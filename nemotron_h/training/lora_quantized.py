@@ -16,7 +16,8 @@ import torch
 from peft.tuners.lora import layer as lora_layer
 from torch import Tensor, nn
 
-from ..quantization.int8_int4 import PackedExperts
+from ..quantization.int8_int4 import PackedExperts, QuantizedLinear
+from ..quantization.modelopt import LowPrecisionLinear
 
 Multiply = Callable[[str, Tensor, Tensor], Tensor]
 
@@ -82,4 +83,11 @@ def _refuse_merging(base: nn.Module) -> NoReturn:
     )
 
 
-__all__ = ["Linear", "ParamWrapper"]
+ADAPTER_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    PackedExperts: ParamWrapper,
+    QuantizedLinear: Linear,
+    LowPrecisionLinear: Linear,
+}
+"""Module classes whose packed weights PEFT would not treat rightly, each with the adapter's class for it."""
+
+__all__ = ["ADAPTER_CLASSES", "Linear", "ParamWrapper"]

@@ -219,5 +219,6 @@ def test_mtp(cli, cli_json, refused, base_model: str) -> None:
     assert f"{found['tokens_per_step']:.2f} tokens per step, {found['accepted']} of {found['drafted']} drafted" in shown
     # of another model, its own head
     assert "--mtp needs a multi-token-prediction head" in refused("generate", "Hi", "-m", base_model, "--mtp")
-    assert "--early-exit and --mtp draft in different ways" in refused("generate", "Hi", "--mtp", "--early-exit", "2")
+    assert "--assistant and --mtp draft in different ways" in refused("generate", "Hi", "--mtp", "--assistant", "x")
+    assert "--early-exit 2 drafted with some of the model's own" in refused("generate", "Hi", "--early-exit", "2")
     assert "--mtp-tokens 2 is a number of drafts of --mtp" in refused("generate", "Hi", "--mtp-tokens", "2")
