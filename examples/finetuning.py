@@ -130,7 +130,9 @@ def card(arguments: Namespace, before: float, after: float, problems: int) -> di
     """What `nemotron_h.publish` writes on the model card."""
     data = "word problems with a half in them" if arguments.data == FILES["train"] else arguments.data.name
     asked = f"right answers to {problems} held-out problems"
-    return {"data": data, "metrics": {f"{asked}, before": f"{before:.1%}", f"{asked}, after": f"{after:.1%}"}}
+    metrics = {f"{asked}, before": f"{before:.1%}", f"{asked}, after": f"{after:.1%}"}
+    base_model = None if Path(arguments.model).is_dir() else arguments.model  # a folder has no name at the hub
+    return {"base_model": base_model, "data": data, "metrics": metrics}
 
 
 def hub_name(text: str) -> str:

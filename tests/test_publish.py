@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nemotron_h
 from nemotron_h.bundled import WORD_PROBLEMS, held_out
-from nemotron_h.hub.publish import hub_id, model_card
+from nemotron_h.hub.card import model_card
+from nemotron_h.hub.publish import _base_model, hub_id
 from nemotron_h.inspection import readers
 
 peft = pytest.importorskip("peft")
@@ -213,7 +214,7 @@ def test_card_of_packed_weights(bits, tmp_path) -> None:
     """The library's own class would read them without their scales, and say nothing."""
     small_model("dense", torch.float32).save_pretrained(tmp_path / "plain")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantize=bits)
-    _, body = published_card(model, tmp_path / "packed")
+    _, body = published_card(model, tmp_path / "packed", base_model=BASE)
     assert "`nemotron_h_weight_only`" in body.replace('"', "`") and "The package is needed" in body
     assert "reads the same files" not in body
     config = peft.LoraConfig(target_modules=["in_proj"], r=2)
@@ -222,7 +223,7 @@ def test_card_of_packed_weights(bits, tmp_path) -> None:
     assert "reads the same files" in body
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     _, body = published_card(peft.get_peft_model(model, config), tmp_path / "of-packed", base_model=BASE)
-    assert "The base model's weights are quantised" in body and "reads the same files" not in body
+    assert "The base model's weights are quantized" in body and "reads the same files" not in body
 
 
 def test_card_of_packed_fp8(tmp_path) -> None:
@@ -239,7 +240,7 @@ def test_classifiers(kind, task, tokenizer, tmp_path, monkeypatch) -> None:
     name = f"For{kind}Classification"
     small_model("dense", torch.float32).save_pretrained(tmp_path / "base")
     model = getattr(nemotron_h, f"NemotronH{name}").from_pretrained(tmp_path / "base", num_labels=3).eval()
-    tags, body = published_card(model, tmp_path / "whole", tokenizer=tokenizer)
+    tags, body = published_card(model, tmp_path / "whole", tokenizer=tokenizer, base_model=BASE)
     assert tags["pipeline_tag"] == f"{kind.lower()}-classification".replace("sequence", "text")
     assert "Chat format" not in body and "reads the same files" not in body and "package is needed" in body
     config = peft.LoraConfig(target_modules=["in_proj"], r=2, init_lora_weights=False)
@@ -265,14 +266,14 @@ def test_license_in_words(tmp_path) -> None:
     tags, body = published_card(model, tmp_path / "a", base_model="nvidia/X")
     assert (tags["license"], tags["license_name"], tags["license_link"]) == ("other", "nvidia-open-model-license", link)
     assert f"## License\n\n[nvidia-open-model-license]({link})." in body
-    tags, body = published_card(model, tmp_path / "b", license="mit")
+    tags, body = published_card(model, tmp_path / "b", base_model="nvidia/X", license="mit")
     assert tags["license"] == "mit" and "license_name" not in tags and "## License" not in body
     # a link to a file of the base's repository
     snapshot = tmp_path / "models--nvidia--X" / "snapshots" / "0"
     shutil.copytree(tmp_path / "base", snapshot)
     (snapshot / "README.md").write_text("---\nlicense: other\nlicense_link: LICENSE\n---\n")
     model = AutoModelForCausalLM.from_pretrained(snapshot)
-    assert published_card(model, tmp_path / "c")[0]["license_link"] == (
+    assert published_card(model, tmp_path / "c", base_model="nvidia/X")[0]["license_link"] == (
         "https://huggingface.co/nvidia/X/blob/main/LICENSE"
     )
 
@@ -453,19 +454,27 @@ def test_an_adapter_of_another_name(tmp_path) -> None:
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in (tmp_path / "sums").iterdir()}
 
 
-def test_the_base_model_where_it_is_not_said(tmp_path) -> None:
+def test_the_base_model(tmp_path) -> None:
+    """Known of what was loaded by a hub id, and of what was made here; of a folder it has to be said."""
     assert hub_id("nvidia/NVIDIA-Nemotron-Nano-9B-v2") == "nvidia/NVIDIA-Nemotron-Nano-9B-v2"
-    assert hub_id("/h/.cache/huggingface/hub/models--nvidia--Nano-9B-v2/snapshots/abc") == "nvidia/Nano-9B-v2"
-    assert hub_id(WORD_PROBLEMS) is None and hub_id(None) is None
+    for name in ("/h/.cache/huggingface/hub/models--nvidia--Nano-9B-v2/snapshots/abc", WORD_PROBLEMS, "nano", "", None):
+        assert hub_id(name) is None
     model = AutoModelForCausalLM.from_pretrained(WORD_PROBLEMS)
-    nemotron_h.publish(model, tmp_path / "a")
-    assert "base_model" not in (tmp_path / "a" / "README.md").read_text()
+    with pytest.raises(ValueError, match="is no hub id: name its hub id with base_model=, or write base_model=None"):
+        nemotron_h.publish(model, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+    assert "base_model" not in published_card(model, tmp_path / "a", base_model=None)[0]
+    model.config._name_or_path = "nvidia/X"
+    assert published_card(model, tmp_path / "b")[0]["base_model"] == "nvidia/X"
+    assert "base_model" not in published_card(small_model("dense", torch.float32), tmp_path / "c")[0]
+    assert _base_model("auto", "nvidia/X", adapter=True) == "nvidia/X"  # PEFT would ask the network for it
 
 
 def test_refusals(tmp_path, monkeypatch) -> None:
     model = AutoModelForCausalLM.from_pretrained(WORD_PROBLEMS)
-    with pytest.raises(ValueError, match="name its hub id with base_model="):
-        nemotron_h.publish(adapted(), tmp_path / "a")
+    for given in ({}, {"base_model": None}):
+        with pytest.raises(ValueError, match="name its hub id with base_model="):
+            nemotron_h.publish(adapted(), tmp_path / "a", **given)
     for given in (
         {"base_model": str(tmp_path)},
         {"base_model": "~/model"},
@@ -475,7 +484,7 @@ def test_refusals(tmp_path, monkeypatch) -> None:
         {"metrics": {"log": str(tmp_path)}},
     ):
         with pytest.raises(ValueError, match=f"{next(iter(given))}='.*is a path on this machine"):
-            nemotron_h.publish(model, tmp_path / "a", **given)
+            nemotron_h.publish(model, tmp_path / "a", **{"base_model": BASE, **given})
     with pytest.raises(ValueError, match="base_model='nano' is no hub id, which is written owner/name"):
         nemotron_h.publish(model, tmp_path / "a", base_model="nano")
     assert not list(tmp_path.iterdir())
@@ -484,11 +493,11 @@ def test_refusals(tmp_path, monkeypatch) -> None:
     (tmp_path / "mine.jsonl").touch()
     for given in ({"base_model": "nvidia/nano"}, {"data": "mine.jsonl"}):
         with pytest.raises(ValueError, match="is a path on this machine"):
-            nemotron_h.publish(model, tmp_path / "a", **given)
+            nemotron_h.publish(model, tmp_path / "a", **{"base_model": BASE, **given})
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "x").touch()
     with pytest.raises(ValueError, match="is there already"):
-        nemotron_h.publish(model, tmp_path / "b")
+        nemotron_h.publish(model, tmp_path / "b", base_model=BASE)
     model.peft_config = {}  # as of transformers' own add_adapter
     with pytest.raises(ValueError, match=r"has adapters by add_adapter\(\).*peft.get_peft_model"):
         nemotron_h.publish(model, tmp_path / "a")
@@ -505,12 +514,12 @@ def test_an_interrupted_one_leaves_nothing(tmp_path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(WORD_PROBLEMS)
     with pytest.raises(OSError, match="No space left"):
-        nemotron_h.publish(model, tmp_path / "a", tokenizer=Full())
+        nemotron_h.publish(model, tmp_path / "a", tokenizer=Full(), base_model=BASE)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk(small_disk) -> None:
     model = AutoModelForCausalLM.from_pretrained(WORD_PROBLEMS)
     with pytest.raises(OSError, match=rf"^The disk of {small_disk}/a is full; make room and run it again\.$"):
-        nemotron_h.publish(model, small_disk / "a")
+        nemotron_h.publish(model, small_disk / "a", base_model=BASE)
     assert not list(small_disk.iterdir())

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from .arguments import JsonOption, hub_named
+from .arguments import JsonOption, echo_json, hub_named, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +32,10 @@ def run(
     to_folder: Annotated[bool, typer.Option("--to-folder", help="DEST is a folder, which is not there yet.")] = False,
     merge: Annotated[bool, typer.Option("--merge", help="The base model with the adapter in its weights.")] = False,
     base_model: Annotated[
-        str | None, typer.Option(metavar="HUB_ID", help="What it was trained from.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="HUB_ID|none", help="What it was trained from. Needed, unless an adapter's config says it."
+        ),
     ] = None,
     data: Annotated[
         list[str] | None, typer.Option(metavar="HUB_ID|WORDS", help="What it was trained on; once for each.")
@@ -47,6 +48,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     from ..checkpoints.foreign import check_folder
+    from ..hub.card import is_hub_id
     from ..hub.publish import hub_id, publish
 
     if source.is_dir():
@@ -61,24 +63,25 @@ def run(
             f"{where!r} is here already, so it is not taken for a hub id; run this in another folder, or name a folder "
             "that is not there and add --to-folder."
         )
-    if not to_folder and hub_id(where) is None:
+    if not to_folder and not is_hub_id(where):
         raise ValueError(f"{where!r} is no hub id, which is written OWNER/NAME; for a folder add --to-folder.")
     metrics = dict(map(_metric, metric or ()))
-    base = _base(source, base_model) if adapter else None
-    if adapter and not merge and (base_model or hub_id(base)) is None:
-        raise ValueError(
-            f"The adapter's base model is {base!r}, which is on this machine alone: name its hub id with --base-model."
-        )
-    local = base is None or base != base_model  # the network is asked for what was typed alone
+    given = None if base_model == "none" else base_model
+    base = _base(source, given) if adapter else None
+    trained = given or hub_id(base)
+    if trained is None and (base_model is None or (adapter and not merge)):
+        what = f"The adapter's base model is {base!r}, which is" if adapter else f"What {source} was trained from is"
+        where = "on this machine alone" if adapter else "not known"
+        without = "" if adapter and not merge else ", or write --base-model none for a card without it"
+        raise ValueError(f"{what} {where}: name its hub id with --base-model{without}.")
+    local = base is None or base != given  # the network is asked for what was typed alone
     with hub_named(base or str(source), local):
         model, tokenizer = _load(source, base, merge, local), _tokenizer(source, base, local)
-    if base is not None and base_model is None:
-        base_model = hub_id(base)
     written = publish(
         model,
         Path(where) if to_folder else where,
         tokenizer=tokenizer,
-        base_model=base_model,
+        base_model=trained,
         data=data,
         metrics=metrics,
         license=license,
@@ -86,7 +89,7 @@ def run(
     )
     kind = "adapter" if adapter and not merge else "model"
     if as_json:
-        typer.echo(json.dumps({"source": str(source), "kind": kind, "published": written}, ensure_ascii=False))
+        echo_json({"source": str(source), "kind": kind, "published": written})
     else:
         Console(highlight=False, soft_wrap=True).print(f"The {kind} of {source} is at {written}", markup=False)
 
@@ -130,15 +133,10 @@ def _in_the_cache(name: str) -> bool:
 
 def _load(source: Path, base: str | None, merge: bool, local: bool) -> Any:
     import transformers
-    from transformers.utils import logging
 
-    import nemotron_h  # noqa: F401 - registers the family
+    from ..hub.card import TASKS
 
-    from ..hub.publish import TASKS
-
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    quiet(progress=True)
     if base is None:
         name = (_json(source / "config.json").get("architectures") or [""])[0]
         found = (auto for end, (_, auto, _) in TASKS.items() if name.endswith(end))

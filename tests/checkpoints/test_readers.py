@@ -133,7 +133,7 @@ def test_on_what_is_saved_here_older_readers_find_nothing(family, tmp_path):
     model = small_model(family, dtype=torch.float32)
     model.save_pretrained(tmp_path / "saved")
     writing.convert(formats.conversion(tmp_path / "saved", "huggingface"), tmp_path / "converted")
-    publishing.publish(model, tmp_path / "published")
+    publishing.publish(model, tmp_path / "published", base_model=None)
     save_library_model(family, tmp_path / "theirs")
     NemotronHForCausalLM.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "loaded")
     writing.convert(formats.conversion(tmp_path / "theirs", "huggingface"), tmp_path / "theirs converted")

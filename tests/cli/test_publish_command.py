@@ -48,7 +48,7 @@ def test_a_trainers_checkpoint_to_a_folder(cli, cli_json, chat_model, tmp_path) 
     said = card(tmp_path / "a")
     assert "| accuracy, a=b | 0.50 |\n| steps | 5 |" in said and 'license: "mit"' in said
     assert 'base_model: "nvidia/x"' in said and "Trained on: me/sums, words." in said and "<SPECIAL_11>" in said
-    assert cli("publish", str(checkpoint), str(tmp_path / "b"), "--to-folder").stdout == (
+    assert cli("publish", str(checkpoint), str(tmp_path / "b"), "--to-folder", "--base-model", "none").stdout == (
         f"The model of {checkpoint} is at {tmp_path / 'b'}\n"
     )
 
@@ -62,7 +62,8 @@ def test_an_adapter_and_the_two_merged(cli_json, chat_model, adapter, tmp_path) 
     assert config["base_model_name_or_path"] == "me/base" and str(tmp_path) not in card(tmp_path / "a")
     assert (tmp_path / "a" / "chat_template.jinja").is_file()  # of the base: the adapter's folder has none
 
-    assert cli_json("publish", str(adapter), str(tmp_path / "m"), "--to-folder", "--merge")["kind"] == "model"
+    line = ("publish", str(adapter), str(tmp_path / "m"), "--to-folder", "--merge", "--base-model", "none")
+    assert cli_json(*line)["kind"] == "model"
     base, merged = load_file(Path(chat_model) / TENSORS), load_file(tmp_path / "m" / TENSORS)
     scale = config["lora_alpha"] / config["r"]
     assert base.keys() == merged.keys()
@@ -82,7 +83,8 @@ def test_a_classifier_and_an_adapter_of_one(cli_json, chat_model, tmp_path) -> N
     peft = pytest.importorskip("peft")
     model = NemotronHForSequenceClassification.from_pretrained(chat_model, num_labels=3)
     model.save_pretrained(tmp_path / "whole")
-    assert cli_json("publish", str(tmp_path / "whole"), str(tmp_path / "a"), "--to-folder")["kind"] == "model"
+    line = ("publish", str(tmp_path / "whole"), str(tmp_path / "a"), "--to-folder", "--base-model", "me/base")
+    assert cli_json(*line)["kind"] == "model"
     assert 'pipeline_tag: "text-classification"' in card(tmp_path / "a")
     before, after = load_file(tmp_path / "whole" / TENSORS), load_file(tmp_path / "a" / TENSORS)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -129,8 +131,8 @@ def test_to_the_hub(cli, chat_model, monkeypatch) -> None:
     assert said == f"The model of {chat_model} is at https://huggingface.co/me/nano\n"
     assert seen["where"] == "me/nano" and seen["private"] is True and seen["base_model"] == "nvidia/x"
     assert seen["tokenizer"].chat_template and type(seen["model"]).__name__ == "NemotronHForCausalLM"
-    cli("publish", chat_model, "me/nano")
-    assert seen["private"] is None and seen["license"] is None
+    cli("publish", chat_model, "me/nano", "--base-model", "none")
+    assert seen["private"] is None and seen["license"] is None and seen["base_model"] is None
 
 
 def test_refusals(refused, chat_model, adapter, tmp_path, monkeypatch) -> None:
@@ -145,10 +147,15 @@ def test_refusals(refused, chat_model, adapter, tmp_path, monkeypatch) -> None:
         assert f"'{Path(chat_model).name}' is here already, so it is not taken for a hub id" in said
     said = refused("publish", str(adapter), "me/x")
     assert repr(chat_model) in said and "name its hub id with --base-model" in said
-    said = refused("publish", chat_model, there, "--to-folder", "--data", str(tmp_path))
+    assert f"What {chat_model} was trained from is not known" in refused("publish", chat_model, "me/x")
+    assert "or write --base-model none" in refused("publish", str(adapter), "me/x", "--merge")
+    assert refused("publish", str(adapter), "me/x", "--base-model", "none").endswith("with --base-model.")
+    said = refused("publish", chat_model, there, "--to-folder", "--base-model", "none", "--data", str(tmp_path))
     assert "is a path on this machine: write a hub id" in said
-    assert refused("publish", chat_model, str(tmp_path.parent), "--to-folder").endswith("or remove it.")
+    assert refused("publish", chat_model, str(tmp_path.parent), "--to-folder", "--base-model", "none").endswith(
+        "or remove it."
+    )
     monkeypatch.setitem(sys.modules, "peft", None)
-    said = refused("publish", str(adapter), there, "--to-folder", "--merge")
+    said = refused("publish", str(adapter), there, "--to-folder", "--merge", "--base-model", "none")
     assert said.endswith("is an adapter, which PEFT reads: pip install peft.")
     assert not list(tmp_path.iterdir())
