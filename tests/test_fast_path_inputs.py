@@ -109,10 +109,10 @@ def test_inference_mode_then_no_grad():
 def fresh(monkeypatch, tmp_path):
     monkeypatch.delenv(native.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(native, "_loaded", None, raising=False)
-    native._built.cache_clear()
+    monkeypatch.setattr(native.load, "loaded", None, raising=False)
+    native.load._built.cache_clear()
     yield tmp_path
-    native._built.cache_clear()
+    native.load._built.cache_clear()
 
 
 def script(path, body):
@@ -126,7 +126,7 @@ def test_compiler_that_hangs_talking(fresh, monkeypatch):
         fresh / "cc", b"case $1 in --version) echo 1;; *) echo 'waiting for the licence' >&2; exec sleep 30;; esac\n"
     )
     run = subprocess.run
-    monkeypatch.setattr(native.subprocess, "run", lambda *a, **k: run(*a, **{**k, "timeout": 1}))
+    monkeypatch.setattr(native.load.subprocess, "run", lambda *a, **k: run(*a, **{**k, "timeout": 1}))
     monkeypatch.setenv("CC", str(cc))
     assert native.library() is None and "licence" in native.reason()
 

@@ -26,8 +26,8 @@ from transformers.activations import ReLUSquaredActivation
 
 from ..cache.hybrid import GrowingLayer, MambaLayer
 from ..ops import FEW_TOKENS, native
+from ..ops.conditions import few_rows
 from ..ops.int8_int4 import packed_dtypes, packed_shapes
-from ..ops.linear import few_rows
 from .attention import NemotronHAttention
 from .block import NemotronHBlock
 from .mamba import NemotronHMamba2Mixer

@@ -9,10 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import native
-from .linear import multiplies
-from .mamba_step import FEW_TOKENS
-from .precision import without_autocast
+from . import conditions, native
+from .conditions import FEW_TOKENS, is_slow, without_autocast
 
 # Keys that are converted, where they must be, and multiplied at a time.
 _KEYS = 4096
@@ -45,13 +43,9 @@ def causal_attention(q_BALQ: Tensor, k_BKSQ: Tensor, v_BKSQ: Tensor, scale: floa
             enable_gqa=heads != key_heads,
         )
     q_BKRLQ = q_BALQ.unflatten(1, (key_heads, -1))
-    if length <= FEW_TOKENS:
-        rows_BALQ = q_BALQ.contiguous()
-        if _native_serves(rows_BALQ, k_BKSQ, v_BKSQ):
-            return native.attend(rows_BALQ, k_BKSQ, v_BKSQ, scale)
-    dtype = q_BALQ.dtype
-    if dtype in (torch.bfloat16, torch.float16) and not multiplies(dtype):
-        dtype = torch.float32
+    if length <= FEW_TOKENS and conditions.attention(rows_BALQ := q_BALQ.contiguous(), k_BKSQ, v_BKSQ):
+        return native.attend(rows_BALQ, k_BKSQ, v_BKSQ, scale)
+    dtype = torch.float32 if is_slow(q_BALQ.dtype) else q_BALQ.dtype
     with without_autocast(q_BALQ.device):
         # What all queries see: query heads and positions are rows of one matrix, so no key is repeated.
         q_BKTQ = q_BKRLQ.to(dtype).flatten(2, 3)
@@ -70,22 +64,6 @@ def causal_attention(q_BALQ: Tensor, k_BKSQ: Tensor, v_BKSQ: Tensor, scale: floa
             total = part if total is None else _join(total, part)
     assert total is not None
     return total[0].to(q_BALQ.dtype).view(q_BALQ.shape)
-
-
-def _native_serves(q_BALQ: Tensor, k_BKSQ: Tensor, v_BKSQ: Tensor) -> bool:
-    head_dim = q_BALQ.shape[-1]
-    return (
-        q_BALQ.dtype in (torch.float32, torch.bfloat16)
-        and q_BALQ.dtype == k_BKSQ.dtype == v_BKSQ.dtype
-        and head_dim % 16 == 0
-        and k_BKSQ.shape == v_BKSQ.shape
-        and (q_BALQ.shape[0], head_dim) == (k_BKSQ.shape[0], k_BKSQ.shape[3])
-        and q_BALQ.shape[1] % k_BKSQ.shape[1] == 0
-        and k_BKSQ.stride()[2:] == v_BKSQ.stride()[2:] == (head_dim, 1)
-        and type(k_BKSQ) is type(v_BKSQ) is Tensor
-        and k_BKSQ.is_cpu
-        and native.serves(q_BALQ)
-    )
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

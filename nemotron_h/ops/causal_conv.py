@@ -14,12 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import conditions, native
 from . import cuda_kernels as backends
-from . import native
-from .blocks import BLOCK, in_blocks, wants_gradient
-from .documents import document_index
-from .precision import compute_dtype
-from .recompute import recomputes
+from .conditions import BLOCK, BLOCKS, NATIVE, RECOMPUTED, compute_dtype
 
 Activation = str | Callable[[Tensor], Tensor] | None
 
@@ -84,8 +81,6 @@ def causal_conv(
     seen_BEC = torch.cat([window_BWC, x_BLC[:, length - min(recent, length) :]], dim=1)
     if kernel is not None:
         y_BLC = kernel(seen_BEC, weight_CK, bias_C, activation, doc_BE)
-    elif (act is None or act is F.silu) and recomputes(x_BLC, window_BWC, weight_CK, bias_C):
-        y_BLC = _Convolution.apply(window_BWC, x_BLC, weight_CK, bias_C, act, doc_BE)
     else:
         y_BLC = _convolve(window_BWC, x_BLC, weight_CK, bias_C, act, doc_BE)
 
@@ -105,6 +100,27 @@ def causal_conv(
     return y_BLC, new_BWC.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
+def document_index(seq_idx_BL: Tensor, mask_BL: Tensor | None = None) -> Tensor:
+    """Number the documents of each row 0, 1, 2, ...: a document starts where `seq_idx` changes.
+
+    The values of `seq_idx` need not grow, and one that comes back later is a new document. A pad position (mask 0)
+    belongs to the document before it, or to the first one if nothing precedes it, whatever its own `seq_idx` says.
+    Idempotent.
+
+    Returns: (B, L) int64, non-decreasing along a row, 0 at position 0.
+    """
+    seq_idx_BL = seq_idx_BL.long()
+    if mask_BL is not None:
+        valid_BL = mask_BL.bool()
+        here_L = torch.arange(seq_idx_BL.shape[1], device=seq_idx_BL.device)
+        last_valid_BL = torch.where(valid_BL, here_L, -1).cummax(dim=1).values
+        first_valid_B1 = valid_BL.long().argmax(dim=1, keepdim=True)
+        seq_idx_BL = seq_idx_BL.gather(1, torch.where(last_valid_BL < 0, first_valid_B1, last_valid_BL))
+    starts_BL = torch.zeros_like(seq_idx_BL)
+    starts_BL[:, 1:] = seq_idx_BL[:, 1:] != seq_idx_BL[:, :-1]
+    return starts_BL.cumsum(dim=1)
+
+
 def _convolve(
     window_BWC: Tensor,
     x_BLC: Tensor,
@@ -113,28 +129,16 @@ def _convolve(
     act: Callable[[Tensor], Tensor] | None,
     doc_BE: Tensor | None,
 ) -> Tensor:
-    """The convolution of rows without pads, by whatever path serves: (B, L, C)."""
-    if act is F.silu and doc_BE is None and _native_serves(x_BLC, window_BWC, weight_CK, bias_C):
+    """The convolution of rows without pads, in whichever form serves: (B, L, C)."""
+    form = conditions.convolution(window_BWC, x_BLC, weight_CK, bias_C, act, doc_BE)
+    if form == RECOMPUTED:
+        return _Convolution.apply(window_BWC, x_BLC, weight_CK, bias_C, act, doc_BE)
+    if form == NATIVE:
         bias = x_BLC.new_zeros(len(weight_CK), dtype=torch.float32) if bias_C is None else bias_C.float()
         return native.causal_conv(x_BLC, weight_CK.float().t().contiguous(), bias, window_BWC.contiguous())
-    if in_blocks(x_BLC.shape[1], x_BLC, window_BWC, weight_CK, bias_C):
+    if form == BLOCKS:
         return _taps_in_blocks(window_BWC, x_BLC, weight_CK, bias_C, act, doc_BE)
     return _taps(torch.cat([window_BWC, x_BLC], dim=1), weight_CK, bias_C, act, doc_BE)
-
-
-def _native_serves(x_BLC: Tensor, window_BWC: Tensor, weight_CK: Tensor, bias_C: Tensor | None) -> bool:
-    return (
-        x_BLC.dtype in (torch.float32, torch.bfloat16)
-        and x_BLC.dtype == weight_CK.dtype == (bias_C if bias_C is not None else weight_CK).dtype
-        and x_BLC.numel() > 0
-        and weight_CK.shape[1] <= native.MOST_TAPS
-        and weight_CK.shape[0] == x_BLC.shape[2] == (len(bias_C) if bias_C is not None else x_BLC.shape[2])
-        and window_BWC.shape == (len(x_BLC), weight_CK.shape[1] - 1, x_BLC.shape[2])
-        and window_BWC.dtype == x_BLC.dtype
-        and native.serves_rows(x_BLC)
-        and not wants_gradient(x_BLC, window_BWC)
-        and native.serves(weight_CK, bias_C)
-    )
 
 
 def _activation(activation: Activation) -> Callable[[Tensor], Tensor] | None:
@@ -198,7 +202,8 @@ def _taps_in_blocks(
 ) -> Tensor:
     """`_taps`, a few positions at a time in buffers that every block uses again: no float32 copy leaves the cache.
 
-    Measured at bf16, 2048 x 12288, two Zen 3 cores: 330 ms with new tensors for every block, 60 in buffers.
+    native.c does not do documents, other activations and float16, and is not there everywhere; whole, in torch, it
+    takes up to four times as long (benchmarks/README.md).
     """
     dtype = compute_dtype(x_BLC, weight_CK)
     kernel = weight_CK.shape[1]

@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cuda_kernels as backends
-from .linear import multiplies
-from .precision import compute_dtype, without_autocast
+from .conditions import compute_dtype, is_slow, without_autocast
 
 # Of a tile of logits in float32, and of a tile of the weight.
 _TILE_BYTES = {"cpu": 64 << 20}
@@ -81,8 +80,7 @@ def _tiles(x_TD: Tensor, weight_VD: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 def _multiplied(x_TD: Tensor) -> Tensor:
     """x in the dtype that its products are made in: its own, or float32 where this CPU cannot multiply that."""
-    slow = x_TD.is_cpu and x_TD.dtype in (torch.bfloat16, torch.float16) and not multiplies(x_TD.dtype)
-    return x_TD.float() if slow else x_TD
+    return x_TD.float() if x_TD.is_cpu and is_slow(x_TD.dtype) else x_TD
 
 
 def _place(labels_T: Tensor, here: slice) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .documents import document_index
 from .native import ENVIRONMENT_VARIABLE, switched_off
 
 logger = logging.getLogger("nemotron_h")
@@ -187,7 +186,7 @@ def _ssd(
     D_H: Tensor,
     *,
     initial_state_BHPN: Tensor | None = None,
-    seq_idx_BL: Tensor | None = None,
+    doc_BL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     y_BLHP, state_BHPN = mamba_chunk_scan_combined(
         x_BLHP,
@@ -198,8 +197,8 @@ def _ssd(
         chunk_size=_KERNEL_CHUNK_SIZE,
         D=D_H.float(),
         initial_states=None if initial_state_BHPN is None else initial_state_BHPN.float(),
-        # The kernel compares neighbours and the values need only differ; it takes 0 for what precedes position 0.
-        seq_idx=None if seq_idx_BL is None else document_index(seq_idx_BL).int(),
+        # Numbered from 0, which the kernel takes for what precedes position 0.
+        seq_idx=None if doc_BL is None else doc_BL.int(),
         dt_softplus=False,
         return_final_states=True,
     )

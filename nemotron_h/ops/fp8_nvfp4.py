@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blocks import wants_gradient
+from .conditions import compute_dtype, wants_gradient, without_autocast
 from .int8_int4 import _multiplied_in, _tiles
-from .precision import compute_dtype, without_autocast
 
 FP8, NVFP4 = "fp8", "nvfp4"
 GROUP = 16  # inputs that share a scale of NVFP4

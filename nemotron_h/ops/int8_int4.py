@@ -21,10 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import native
-from .blocks import wants_gradient
-from .linear import multiplies
-from .precision import compute_dtype, without_autocast
+from . import conditions, native
+from .conditions import compute_dtype, is_slow, wants_gradient, without_autocast
 
 BITS = (8, 4)
 GROUP = 32  # inputs that share an int4 scale
@@ -43,10 +41,6 @@ _TILE_ELSEWHERE = 2**22
 # With more rows than this, multiplying tile by tile in float32 is faster. Measured on one Zen 3 core, 2048 inputs:
 # 0.11 against 0.35 ms at 1 row, 0.38 against 0.65 at 8, 0.76 against 0.86 at 16, 1.52 against 1.22 at 32.
 _PACKED_ROWS = 16
-
-
-# The same for native.c, 15,680 x 4,480 on two cores: 54 ms at 32 rows in int8 and int4.
-_NATIVE_ROWS = 32
 
 
 def packed_shapes(bits: int, out_features: int, in_features: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -166,8 +160,7 @@ def quantized_experts_linear(x_SK: Tensor, q_ENK: Tensor, scale: Tensor, expert_
     bits = 8 if q_ENK.dtype == torch.int8 else 4
     if not len(x_SK):
         return x_SK @ x_SK.new_zeros(x_SK.shape[1], q_ENK.shape[1])
-    rows = len(x_SK) / len(q_ENK)
-    if x_SK.dtype == torch.bfloat16 and rows <= _NATIVE_ROWS and native.serves(x_SK, q_ENK, scale, expert_S):
+    if conditions.packed_experts(x_SK, q_ENK, scale, expert_S):
         return native.linear(x_SK, q_ENK, scale, expert_S)
     order_S = expert_S.argsort(stable=True)
     chosen, counts = expert_S[order_S].unique_consecutive(return_counts=True)
@@ -222,15 +215,12 @@ def _backward(grad_RN: Tensor, q: Tensor, scale: Tensor, bits: int, in_features:
 def _few_rows(x_RK: Tensor, q: Tensor, scale: Tensor, bits: int) -> Tensor | None:
     """The product for a few rows, from the integers themselves; None where nothing does that (well) here.
 
-    native.c rounds a bfloat16 input to 16 bits of the largest of each 32, which is below its own rounding; of a float32
-    input it would be above it.
-
     torch's int8 product rounds the scale to x's dtype, so it gets ones, and the scale is multiplied by afterwards, in
     float32. It takes whole vectors of inputs alone: with 20 of them it is wrong, with 33 it crashes. In float32 it is
     slow.
     """
     rows = len(x_RK)
-    if x_RK.dtype == torch.bfloat16 and 0 < rows <= _NATIVE_ROWS and native.serves(x_RK, q, scale):
+    if conditions.packed_linear(x_RK, q, scale):
         return native.linear(x_RK, q, scale)
     if (
         bits == 8
@@ -319,9 +309,8 @@ def _tiles(rows: int, width: int, device: torch.device) -> Iterator[slice]:
 
 
 def _multiplied_in(x: Tensor) -> torch.dtype:
-    if x.device.type == "cpu" and x.dtype.itemsize == 2 and not (x.dtype == torch.bfloat16 and multiplies(x.dtype)):
-        return torch.float32
-    return x.dtype
+    slow = x.device.type == "cpu" and (x.dtype == torch.float16 or is_slow(x.dtype))
+    return torch.float32 if slow else x.dtype
 
 
 def _check_bits(bits: int) -> None:

@@ -7,16 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import conditions, native
 from . import cuda_kernels as backends
-from . import native
-from .blocks import wants_gradient
 from .causal_conv import causal_conv
+from .conditions import may_write, wants_gradient
 from .norms import gated_rms_norm
 from .ssd import time_step
-
-FEW_TOKENS = 16
-"""Up to so many tokens that go on from a state are worked through one after the other: the state is read and written
-once for them, and any split of them into calls gives the same bits. More go through the chunked form."""
 
 
 def mamba_step(
@@ -38,8 +34,8 @@ def mamba_step(
 ) -> Tensor | None:
     """`causal_conv`, `time_step`, `ssd_step` and `gated_rms_norm` of a few tokens, where one call can do them all.
 
-    The window and the state move on in place: read once, written once. At the dims of the 9B a token takes 0.3 ms, the
-    four ops 2.0 ms. On CUDA it is one token, by the packages' kernels.
+    The window and the state move on in place: read once, written once. On CUDA it is one token, by the
+    packages' kernels.
 
     Args:
         projected: (B, L, I + C + H), what in_proj gave: z, then x, B and C, then the raw dt.
@@ -50,60 +46,15 @@ def mamba_step(
         float64 tensor; on a CPU a mask, another activation than silu, mixed dtypes, a state that is not float32, no C
         compiler; on CUDA several tokens, no mamba-ssm; another device.
     """
+    tensors = (
+        projected, window_BCW, state_BHPN, conv_weight_CK, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_weight_I
+    )  # fmt: skip
     if backends.serves(projected) and not torch.compiler.is_compiling():
-        y_BLI = _one_by_kernels(
-            projected,
-            window_BCW,
-            state_BHPN,
-            conv_weight_CK,
-            conv_bias_C,
-            dt_bias_H,
-            A_log_H,
-            D_H,
-            norm_weight_I,
-            groups,
-            activation,
-            time_step_limit,
-            eps,
-            mask_BL,
-        )
+        y_BLI = _one_by_kernels(*tensors, groups, activation, time_step_limit, eps, mask_BL)
         if y_BLI is not None:
             return y_BLI
-    dtype = projected.dtype
-    same = (window_BCW, conv_weight_CK, conv_bias_C, norm_weight_I)
-    exact = (dt_bias_H, A_log_H, D_H, state_BHPN)
-    if (
-        dtype in (torch.float32, torch.bfloat16)
-        and mask_BL is None
-        and activation in ("silu", "swish")
-        and conv_weight_CK.shape[1] <= native.MOST_TAPS
-        and all(t is None or t.dtype == dtype for t in same)
-        and all(t.dtype == torch.float32 for t in exact)
-        and window_BCW.shape == (projected.shape[0], conv_weight_CK.shape[0], conv_weight_CK.shape[1] - 1)
-        and projected.shape[0] == state_BHPN.shape[0]
-        and all(t.shape == state_BHPN.shape[1:2] for t in (A_log_H, dt_bias_H, D_H))
-        and state_BHPN.shape[1] % groups == 0
-        and norm_weight_I.shape[0] == state_BHPN.shape[1] * state_BHPN.shape[2]
-        and conv_weight_CK.shape[0] == norm_weight_I.shape[0] + 2 * groups * state_BHPN.shape[3]
-        and (conv_bias_C is None or conv_bias_C.shape == conv_weight_CK.shape[:1])
-        and projected.shape[2] == norm_weight_I.shape[0] + conv_weight_CK.shape[0] + A_log_H.shape[0]
-        and not (state_BHPN.requires_grad or window_BCW.requires_grad)  # a backward may need what they hold now
-        and native.serves(projected, *same, *exact)
-    ):
-        return native.mamba_step(
-            projected,
-            window_BCW,
-            state_BHPN,
-            conv_weight_CK,
-            conv_bias_C,
-            dt_bias_H,
-            A_log_H,
-            D_H,
-            norm_weight_I,
-            groups=groups,
-            time_step_limit=time_step_limit,
-            eps=eps,
-        )
+    if mask_BL is None and activation in ("silu", "swish") and conditions.mamba_step(*tensors, groups):
+        return native.mamba_step(*tensors, groups=groups, time_step_limit=time_step_limit, eps=eps)
     return None
 
 
@@ -129,7 +80,7 @@ def _one_by_kernels(
         projected_B1K.shape[1] != 1
         or window_BCW.dtype != projected_B1K.dtype
         or any(t is not None and t.dtype == torch.float64 for t in (state_BHPN, *parameters))
-        or not _may_write(window_BCW, state_BHPN)
+        or not may_write(window_BCW, state_BHPN)
         or wants_gradient(projected_B1K, *parameters)
     ):
         return None
@@ -162,12 +113,3 @@ def _one_by_kernels(
         state_BHPN,
     )
     return gated_rms_norm(y_BHP.reshape(batch, 1, inner), z_B1I, norm_weight_I, eps, groups)
-
-
-def _may_write(*tensors: Tensor) -> bool:
-    """Whether a kernel may move these on in place: plain tensors, which no backward may need as they are now."""
-    return (
-        all(type(t) is Tensor and not t.requires_grad for t in tensors)
-        and (torch.is_inference_mode_enabled() or not any(t.is_inference() for t in tensors))
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )

@@ -1,14 +1,17 @@
-"""The router of the family's mixture-of-experts layers.
+"""The router of the family's mixture-of-experts layers, and its experts on a CPU.
 
-Shape suffixes: T tokens, E experts, g expert groups, k chosen experts per token.
+Shape suffixes: T tokens, E experts, g expert groups, k chosen experts per token, S = T k, D width, F inner width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from .precision import compute_dtype
+from . import conditions, native
+from .conditions import compute_dtype
 
 
 def router(
@@ -54,3 +57,36 @@ def router(
     if norm_topk_prob:
         weights_Tk = weights_Tk / (weights_Tk.sum(-1, keepdim=True) + 1e-20)
     return indices_Tk, weights_Tk * scaling
+
+
+def routed_experts(
+    x_TD: Tensor,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+    act: Callable[[Tensor], Tensor],
+    indices_Tk: Tensor,
+    weights_Tk: Tensor,
+) -> Tensor | None:
+    """Every expert that was chosen, read once, in one call.
+
+    sum_k weight (down act(up x)) of each token's experts: (T, D) in x's dtype, summed over k in the weights' dtype.
+
+    Returns: None where `transformers`' experts interface is the one to run: another device than a CPU, a gradient,
+        tracing, another dtype than float32 and bfloat16, many rows an expert, no C compiler.
+    """
+    if not conditions.experts(x_TD, up_EFD, down_EDF, indices_Tk, weights_Tk):
+        return None
+    k = indices_Tk.shape[1]
+    if len(x_TD) == 1:
+        expert_S, order_S = indices_Tk[0].contiguous(), None
+        x_SD = x_TD.expand(k, -1).contiguous()
+    else:
+        # Rows of one expert next to each other.
+        expert_S, order_S = indices_Tk.flatten().sort(stable=True)
+        x_SD = x_TD.index_select(0, order_S // k)
+    y_SD = native.linear(act(native.linear(x_SD, up_EFD, experts_M=expert_S)), down_EDF, experts_M=expert_S)
+    if order_S is None:
+        return torch.mv(y_SD.to(weights_Tk.dtype).T, weights_Tk[0]).to(x_TD.dtype)[None]
+    y_SD = y_SD.to(weights_Tk.dtype).mul_(weights_Tk.flatten()[order_S, None])
+    y_TD = torch.zeros(x_TD.shape, dtype=weights_Tk.dtype).index_add_(0, order_S // k, y_SD)
+    return y_TD.to(x_TD.dtype)

@@ -15,14 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import conditions
 from . import cuda_kernels as backends
-from .blocks import wants_gradient
-from .documents import document_index
-from .precision import compute_dtype, without_autocast
-from .recompute import recomputes
+from .causal_conv import document_index
+from .conditions import BLOCKS, RECOMPUTED, compute_dtype, wants_gradient, without_autocast
 
-# The result does not depend on it. Two Zen 3 cores, bf16 input, H128 P80 N128 G8, 2048 tokens: 247 ms in chunks of 32,
-# 256 of 64, 278 of 128; more of its time is spent in products the longer it is. Not measured on a GPU.
+# The result does not depend on it, and the time hardly: more of it is spent in products the longer a chunk is.
 DEFAULT_CHUNK_SIZE = 64
 
 
@@ -79,34 +77,21 @@ def ssd(
     Returns: y (B, L, H, P) in x's dtype, and the state after the last position (B, H, P, N), the last document's own,
         in the computing dtype.
     """
-    if backends.serves(x_BLHP):
-        kernel = backends.kernel_for("ssd", x_BLHP)
-        if kernel is not None:
-            return kernel(
-                x_BLHP,
-                dt_BLH,
-                A_H,
-                B_BLGN,
-                C_BLGN,
-                D_H,
-                initial_state_BHPN=initial_state_BHPN,
-                seq_idx_BL=seq_idx_BL,
-            )
+    doc_BL = None if seq_idx_BL is None else document_index(seq_idx_BL)
+    if backends.serves(x_BLHP) and (kernel := backends.kernel_for("ssd", x_BLHP)) is not None:
+        return kernel(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, initial_state_BHPN=initial_state_BHPN, doc_BL=doc_BL)
     dtype = compute_dtype(x_BLHP, dt_BLH, A_H)
     batch, _, heads, head_dim = x_BLHP.shape
     if initial_state_BHPN is None:
         state_BHPN = torch.zeros(batch, heads, head_dim, B_BLGN.shape[-1], dtype=dtype, device=x_BLHP.device)
     else:
         state_BHPN = initial_state_BHPN.to(dtype)
-    doc_BL = None if seq_idx_BL is None else document_index(seq_idx_BL)
     inputs = (x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, state_BHPN)
     with without_autocast(x_BLHP.device):
-        if recomputes(*inputs):
+        form = conditions.scan(*inputs)
+        if form == RECOMPUTED:
             return _Scan.apply(*inputs, doc_BL, chunk_size)
-        if torch.compiler.is_compiling() or wants_gradient(*inputs):
-            # Traced, the walk is differentiated by the tracer, which decides for itself what to recompute.
-            return _walk(*inputs, doc_BL, chunk_size)
-        return _walk_in_place(*inputs, doc_BL, chunk_size)
+        return (_walk_in_place if form == BLOCKS else _walk)(*inputs, doc_BL, chunk_size)
 
 
 def _walk(
@@ -134,7 +119,7 @@ def _walk(
 
 class _Buffers:
     """What a chunk of Q positions is worked out in. A chunk's tensors are a few MB each: made anew, most of their cost
-    on a CPU is the kernel's zeroing of their pages (bmm of 128 matrices: 0.8 ms into a new one, 0.3 into an old)."""
+    on a CPU is the kernel's zeroing of their pages."""
 
     def __init__(self, like: Tensor, batch: int, chunk: int, heads: int, head_dim: int, groups: int):
         def new(*shape: int) -> Tensor:

@@ -49,7 +49,7 @@ def inside() -> None:
     from nemotron_h.ops import native
     from nemotron_h.quantization.int8_int4 import config_for
 
-    native._FLAGS = (*(flag for flag in native._FLAGS if flag != "-O3"), "-O1", *FLAGS)  # type: ignore[assignment]
+    native.load._FLAGS = (*(flag for flag in native.load._FLAGS if flag != "-O3"), "-O1", *FLAGS)  # type: ignore[assignment]
     assert native.library() is not None, native.reason()
     calls: Counter[str] = Counter()
     worst: Counter[str] = Counter()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemotron_h import ops
-from nemotron_h.ops import native
+from nemotron_h.ops import conditions, native
 
 module = sys.modules["nemotron_h.ops.attention"]
 # Of the largest value of the result.
@@ -51,7 +51,7 @@ def path(request, monkeypatch):
 def dtype(request, monkeypatch):
     """Every dtype, half precision also on a CPU that multiplies it."""
     dtype, multiplies = request.param
-    monkeypatch.setattr(module, "multiplies", lambda dtype: multiplies)
+    monkeypatch.setattr(conditions, "multiplies", lambda dtype: multiplies)
     # There the weights of the keys are rounded to it before they are multiplied, and each tile's result.
     monkeypatch.setitem(TOLERANCE, dtype, TOLERANCE[dtype] * (3 if multiplies else 1))
     return dtype
@@ -197,7 +197,7 @@ def test_the_same_for_any_number_of_threads(generator, threads):
 def test_no_tensor_of_queries_times_keys(generator, monkeypatch):
     """Nor a copy of all keys in another dtype, nor one for each query head of what all queries see."""
     monkeypatch.setattr(module, "_KEYS", 32)
-    monkeypatch.setattr(module, "multiplies", lambda dtype: False)
+    monkeypatch.setattr(conditions, "multiplies", lambda dtype: False)
 
     class Largest(TorchDispatchMode):
         elements = 0

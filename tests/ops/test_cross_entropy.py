@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemotron_h import ops
-from nemotron_h.ops import cross_entropy
+from nemotron_h.ops import conditions, cross_entropy
 from nemotron_h.ops import cuda_kernels as backends
 
 T, D, V = 21, 6, 300
@@ -64,13 +64,13 @@ def test_bfloat16_is_rounded_in_its_gradients_only(tiles, generator, monkeypatch
     x, weight, labels = inputs(generator, torch.bfloat16)
     expected = oracle(x, weight, labels)
     # As on a CPU without instructions for it: float32 products.
-    monkeypatch.setattr(cross_entropy, "multiplies", lambda dtype: False)
+    monkeypatch.setattr(conditions, "multiplies", lambda dtype: False)
     loss, dx, dweight = ours(x, weight, labels)
     assert loss.dtype == torch.float32 and error(loss, expected[0]) < 1e-6
     assert dx.dtype == dweight.dtype == torch.bfloat16
     assert error(dx, expected[1]) < 2**-8 and error(dweight, expected[2]) < 2**-8
     # And where there are: logits are rounded as the head's would be.
-    monkeypatch.setattr(cross_entropy, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(conditions, "multiplies", lambda dtype: True)
     loss, dx, dweight = ours(x, weight, labels)
     assert error(loss, expected[0]) < 1e-2 and error(dx, expected[1]) < 3e-2 and error(dweight, expected[2]) < 3e-2
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from comparing import error, random
 from torch import Tensor
 
-from nemotron_h.ops import native
-from nemotron_h.ops.experts import routed_experts
+from nemotron_h.ops import conditions, native
+from nemotron_h.ops.moe import routed_experts
 
 E, D, INNER = 8, 20, 37
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
-module = sys.modules["nemotron_h.ops.experts"]
 pytestmark = pytest.mark.skipif(native.library() is None, reason=native.reason())
 
 
@@ -30,8 +27,8 @@ def _however_many_rows(monkeypatch):
 
 
 def rows_an_expert_are_at_most(monkeypatch, rows: int) -> None:
-    monkeypatch.setattr(module, "_ROWS", rows)
-    monkeypatch.setattr(module, "_ROWS_SLOW", rows)
+    monkeypatch.setattr(conditions, "_EXPERT_ROWS", rows)
+    monkeypatch.setattr(conditions, "_EXPERT_ROWS_SLOW", rows)
 
 
 def inputs(generator: torch.Generator, dtype: torch.dtype, tokens: int, k: int = 3) -> list[Tensor]:

@@ -13,7 +13,7 @@ from comparing import error, random
 from torch import Tensor
 
 from nemotron_h import ops
-from nemotron_h.ops import native
+from nemotron_h.ops import conditions, native
 from nemotron_h.ops.linear import _without_onednn, in_tiles
 
 # The module: `ops.linear` is the function.
@@ -42,7 +42,7 @@ def path(request, monkeypatch):
 def dtype(request, monkeypatch):
     """Every dtype, half precision also on a CPU without instructions for it."""
     dtype, instructions = request.param
-    monkeypatch.setattr(module, "multiplies", lambda dtype: instructions)
+    monkeypatch.setattr(conditions, "multiplies", lambda dtype: instructions)
     return dtype
 
 
@@ -99,7 +99,7 @@ def test_gradients(generator, path, dtype, small_tiles, rows):
 
 
 def test_without_a_bias_gradients_flow_through_tiles(generator, monkeypatch, small_tiles):
-    monkeypatch.setattr(module, "multiplies", lambda dtype: False)
+    monkeypatch.setattr(conditions, "multiplies", lambda dtype: False)
     x, weight, _ = layer(generator, torch.bfloat16, 9)
     x.requires_grad_()
     y = ops.linear(x, weight)
@@ -210,7 +210,7 @@ def test_tensors_without_data(generator, path, dtype, rows):
 def test_in_tiles_takes_weights_of_any_dtype(generator, small_tiles):
     x, weight, bias = layer(generator, torch.float16, 5)
     stored = weight.double()
-    y = in_tiles(x, N, lambda start, stop: stored[start:stop], bias)
+    y = in_tiles(x, stored, bias)
     assert y.dtype == torch.float16 and error(y, exact(x, weight, bias)) <= TOLERANCE[torch.float16]
 
 
@@ -283,7 +283,7 @@ class TestTheSwitch:
 
     def test_one_row_of_bfloat16_uses_it_and_a_gradient_does_not(self, generator, monkeypatch):
         monkeypatch.setenv(native.ENVIRONMENT_VARIABLE, "0")
-        monkeypatch.setattr(module, "multiplies", lambda dtype: True)
+        monkeypatch.setattr(conditions, "multiplies", lambda dtype: True)
         torch._C._set_mkldnn_enabled(True)
         enabled, plain = [], F.linear
 

@@ -1,4 +1,4 @@
-"""nemotron_h/ops/native.py and native.c: the products with few rows against float64, what happens where there is no
+"""nemotron_h/ops/native: the products with few rows against float64, what happens where there is no
 compiler, who may be handed to C.
 
 `mamba_step` and `attend` are tested beside their callers (test_mamba_step.py, test_attention.py).
@@ -276,8 +276,8 @@ def test_bfloat16_is_rounded_to_nearest_even():
 
 def forget() -> None:
     """As a process that has loaded nothing."""
-    native._built.cache_clear()
-    native._loaded = None
+    native.load._built.cache_clear()
+    native.load.loaded = None
 
 
 @pytest.fixture
@@ -287,13 +287,13 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     # What this process has loaded comes back with the fixture's end.
-    monkeypatch.setattr(native, "_loaded", None, raising=False)
-    monkeypatch.setattr(native, "_thread", None)
+    monkeypatch.setattr(native.load, "loaded", None, raising=False)
+    monkeypatch.setattr(native.load, "_thread", None)
     forget()
     yield tmp_path / "cache" / "nemotron_h"
-    if native._thread is not None:  # or it would build with the next test's compiler, in the next test's folder
-        native._thread.join(60)
-    native._built.cache_clear()
+    if native.load._thread is not None:  # or it would build with the next test's compiler, in the next test's folder
+        native.load._thread.join(60)
+    native.load._built.cache_clear()
 
 
 def works(generator: torch.Generator) -> bool:
@@ -359,7 +359,7 @@ def test_a_compiler_of_another_name_gives_way_to_the_usual_ones(fresh, monkeypat
     path, _, _ = compiler
     script(tmp_path / "gcc", f'exec {path} "$@"')
     monkeypatch.setenv("CC", "no-such-compiler")
-    monkeypatch.setattr(native.shutil, "which", lambda name: str(tmp_path / "gcc") if name == "gcc" else None)
+    monkeypatch.setattr(native.load.shutil, "which", lambda name: str(tmp_path / "gcc") if name == "gcc" else None)
     assert native.library() is not None and native.reason() == "native.c, built with gcc"
 
 
@@ -434,10 +434,10 @@ def test_a_cache_folder_that_cannot_be_used(fresh, monkeypatch, compiler, genera
         fresh.parent.write_text("a file")
     elif problem == "not-writable":  # to root everything is: asked, the system says no
         access = os.access
-        monkeypatch.setattr(native.os, "access", lambda where, mode: mode != os.W_OK and access(where, mode))
+        monkeypatch.setattr(native.load.os, "access", lambda where, mode: mode != os.W_OK and access(where, mode))
     else:
         uid = os.getuid()
-        monkeypatch.setattr(native.os, "getuid", lambda: uid + 1)
+        monkeypatch.setattr(native.load.os, "getuid", lambda: uid + 1)
     assert native.library() is not None and works(generator)
     where = Path(native.library()._name)
     assert where.parent.parent == tmp_path and where.parent.name.startswith("nemotron_h-")
@@ -460,45 +460,45 @@ class TestBuilding:
         monkeypatch.setenv("CC", str(path))
         first = native.library()._name
         assert Path(first).parent == fresh and stat.S_IMODE(fresh.stat().st_mode) == 0o700
-        assert asked() == ["--version", native._FLAGS[0], "-shared"]
+        assert asked() == ["--version", native.load._FLAGS[0], "-shared"]
         forget()
         assert native.library()._name == first
-        assert asked() == ["--version", native._FLAGS[0], "-shared", "--version"]
+        assert asked() == ["--version", native.load._FLAGS[0], "-shared", "--version"]
         for _ in range(3):
             native.library()
         assert len(asked()) == 4  # one process asks once
 
     def test_another_compiler_source_or_processor_is_another_file(self, fresh, monkeypatch, compiler, tmp_path):
         path, _, _ = compiler
-        names = {native._cached(str(path)).name}
+        names = {native.load._cached(str(path)).name}
         monkeypatch.setenv("STAND_IN_VERSION", "2")
-        names.add(native._cached(str(path)).name)
-        monkeypatch.setattr(native, "_processor", lambda: "another")
-        names.add(native._cached(str(path)).name)
+        names.add(native.load._cached(str(path)).name)
+        monkeypatch.setattr(native.load, "_processor", lambda: "another")
+        names.add(native.load._cached(str(path)).name)
         source = tmp_path / "changed.c"
-        source.write_text(native.SOURCE.read_text() + "\n")
-        monkeypatch.setattr(native, "SOURCE", source)
-        names.add(native._cached(str(path)).name)
+        source.write_text(native.load.SOURCE.read_text() + "\n")
+        monkeypatch.setattr(native.load, "SOURCE", source)
+        names.add(native.load._cached(str(path)).name)
         assert len(names) == 4 and {entry.name for entry in fresh.iterdir()} == names
 
     def test_nothing_waits_for_the_compiler(self, fresh, monkeypatch, compiler):
         """The first question begins the build and is answered with torch; once it is built, with the library."""
         path, _, _ = compiler
         monkeypatch.setenv("CC", str(path))
-        monkeypatch.setattr(native, "_loaded", None)
-        monkeypatch.setattr(native, "_thread", None)
-        begun, go_on, build = threading.Event(), threading.Event(), native._build
+        monkeypatch.setattr(native.load, "loaded", None)
+        monkeypatch.setattr(native.load, "_thread", None)
+        begun, go_on, build = threading.Event(), threading.Event(), native.load._build
 
         def slow(*arguments):
             begun.set()
             assert go_on.wait(60)
             build(*arguments)
 
-        monkeypatch.setattr(native, "_build", slow)
+        monkeypatch.setattr(native.load, "_build", slow)
         x = torch.ones(1, 8)
         assert not native.serves(x) and begun.wait(60) and not native.serves(x)
         go_on.set()
-        native._thread.join(60)
+        native.load._thread.join(60)
         assert native.serves(x) and native.library() is not None
 
     def test_threads_at_once(self, fresh, monkeypatch, compiler):
@@ -511,7 +511,7 @@ class TestBuilding:
         for thread in threads:
             thread.join()
         assert len(found) == 8 and len(set(found)) == 1
-        assert asked() == ["--version", native._FLAGS[0], "-shared"]
+        assert asked() == ["--version", native.load._FLAGS[0], "-shared"]
 
     def test_builders_at_once_see_the_file_whole_or_not_at_all(self, fresh, compiler):
         """Several that all find nothing and build, as processes do that start together."""
@@ -520,7 +520,7 @@ class TestBuilding:
 
         def build():
             start.wait()
-            contents.append(native._cached(str(path)).read_bytes())
+            contents.append(native.load._cached(str(path)).read_bytes())
 
         threads = [threading.Thread(target=build) for _ in range(6)]
         for thread in threads:

@@ -5,6 +5,7 @@ import torch
 from comparing import assert_same, error, random
 
 from nemotron_h import ops
+from nemotron_h.ops import conditions
 from nemotron_h.ops import int8_int4 as quantized
 
 BITS = (8, 4)
@@ -224,7 +225,7 @@ def test_autocast(bits, generator):
 def test_half_precision_with_and_without_instructions(instructions, dtype, bits, generator, monkeypatch):
     """Without them the weight is not rounded to half precision; sums over many tiles are never rounded in between."""
     monkeypatch.setenv("NEMOTRON_H_KERNELS", "0")
-    monkeypatch.setattr(quantized, "multiplies", lambda dtype: instructions)
+    monkeypatch.setattr(conditions, "multiplies", lambda dtype: instructions)
     monkeypatch.setitem(quantized._TILE, "cpu", 1)
     q, scale = ops.quantize_weight(random(generator, 300, 40), bits)
     weight = by_hand(q, scale, bits, 40)
