@@ -31,11 +31,10 @@ from packaging.version import Version
 from torch import Tensor
 
 from ..configuration import NemotronHConfig
-from ..files import atomic_write
 from . import published
 from .foreign import read_json
 from .tensors import Entry, Plan, SafetensorsFolder, Shape, Spec
-from .writing import Conversion, Done, convert, copy_companions, write_safetensors
+from .writing import Conversion, Done, convert, copy_companions, write_safetensors, write_text
 
 PREFIXES = ("model", "backbone")
 EXPERTS = ("stacked", "separate")
@@ -101,8 +100,7 @@ def conversion(
         copy_companions(source.path, folder)
         if (source.path / "README.md").exists():
             (folder / "README.md").write_bytes((source.path / "README.md").read_bytes())
-        with atomic_write(folder / CONFIG) as temporary:
-            temporary.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        write_text(folder / CONFIG, json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
     return Conversion("adapter", plan, write, [prefix, experts], remarks=remarks)
 
@@ -137,10 +135,7 @@ class Adapter(SafetensorsFolder):
             if base is not None:
                 raise ValueError(f"{base} has no config.json; name the folder of the base model.")
             return None
-        fields = read_json(path)
-        if (kind := fields.get("model_type")) != "nemotron_h":
-            raise ValueError(f"{path.parent} is a {kind!r} model; this package knows nemotron_h alone.")
-        return NemotronHConfig.from_dict(fields)
+        return published.read_config(path)
 
     def read(self, name: str, index: int | slice | None = None) -> Tensor:
         """As in `SafetensorsFolder`; the last tensor is kept, since every expert's part is taken of it in turn."""

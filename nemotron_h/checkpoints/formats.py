@@ -23,7 +23,7 @@ from .writing import Conversion
 # In the order in which a source is tried.
 MODULES = {
     "megatron": "megatron",
-    "megatron-legacy": "megatron_legacy",
+    "megatron-legacy": "megatron.ranks",
     "mamba-ssm": "mamba_ssm",
     "gguf": "gguf",
     "fp8": "modelopt",

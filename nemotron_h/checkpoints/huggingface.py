@@ -18,7 +18,7 @@ import torch
 
 from . import published
 from .tensors import Entry, Plan, Spec
-from .writing import SHARD_BYTES, Conversion, Done, copy_companions, write_safetensors
+from .writing import SHARD_BYTES, Conversion, into_folder
 
 OPTIONS = {
     "dtype": "bfloat16, float16, float32 or float64; without it, every tensor keeps its own",
@@ -30,6 +30,13 @@ _FLOAT32 = (".A_log", ".D", ".dt_bias", ".gate.weight", ".gate.e_score_correctio
 
 def recognises(path: Path) -> bool:
     return (path / "config.json").exists()
+
+
+def target(dtype: str | None) -> torch.dtype | None:
+    """The dtype of a folder by its name; None for as it is stored. Raises `ValueError` where there is none."""
+    if dtype is not None and dtype not in TARGETS:
+        raise ValueError(f"There is no dtype {dtype!r} for a folder; write one of {', '.join(TARGETS)}.")
+    return None if dtype is None else TARGETS[dtype]
 
 
 def target_dtype(name: str, stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
@@ -45,14 +52,10 @@ def from_huggingface(path: str | Path, dtype: str | None = None, shard_bytes: in
     Raises:
         ValueError: no such folder, another model type, an unknown dtype, quantised weights.
     """
-    if dtype is not None and dtype not in TARGETS:
-        raise ValueError(f"There is no dtype {dtype!r} for a folder; write one of {', '.join(TARGETS)}.")
-    wanted = None if dtype is None else TARGETS[dtype]
+    wanted = target(dtype)
     source = published.PublishedFolder(path)
     config = source.config
-    if stored := getattr(config, "quantization_config", None):
-        method = stored.get("quant_method") if isinstance(stored, dict) else stored
-        raise ValueError(f"{path} is quantised ({method}); name the checkpoint that it was made from.")
+    published.check_full_precision(config, path)
     remarks = source.without_absent_mtp()
     entries = [
         Entry(name, Spec(shape, target_dtype(name, source.specs[name].dtype, wanted)), {name: shape})
@@ -60,15 +63,5 @@ def from_huggingface(path: str | Path, dtype: str | None = None, shard_bytes: in
         else Entry(name, Spec(shape, wanted or torch.bfloat16), {name: shape})  # missing: Plan.check says so
         for name, shape in published.tensors(config).items()
     ]
-    if wanted is not None:
-        config.dtype = wanted
-    if not config.architectures:
-        config.architectures = ["NemotronHForCausalLM"]
-    plan = Plan(source, entries)
-
-    def write(folder: Path, done: Done) -> None:
-        copy_companions(source.path, folder)
-        config.save_pretrained(folder)
-        write_safetensors(plan, folder, done, shard_bytes)
-
-    return Conversion("huggingface", plan, write, (dtype, shard_bytes), remarks=remarks)
+    save = published.saver(config, wanted)
+    return into_folder(Plan(source, entries), save, shard_bytes, [dtype], beside=[source.path], remarks=remarks)

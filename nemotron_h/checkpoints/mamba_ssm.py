@@ -20,28 +20,21 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
-import re
-import struct
-import zipfile
-import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..config_values import check_layers
 from ..configuration import NemotronHConfig
-from ..files import atomic_write
-from . import published
-from .foreign import read_json, shown
+from . import published, torch_files
+from .foreign import read_json
 from .tensors import Entry, Plan, SafetensorsFolder, Shape, Spec, Tensors
-from .torch_files import check_archive
-from .writing import SHARD_BYTES, Conversion, Done, copy_companions, tensor_bytes, write_safetensors
+from .torch_files import TorchFile
+from .writing import SHARD_BYTES, Conversion, Done, copy_companions, into_folder, write_text
 
 OPTIONS = {"shard_bytes": "the largest size of a file of the Hugging Face folder, in bytes"}
 WEIGHTS = "pytorch_model.bin"
@@ -118,18 +111,10 @@ def to_huggingface(path: str | Path, shard_bytes: int = SHARD_BYTES) -> Conversi
         unused["lm_head.weight"] = "tied to the embeddings"
         source.check_tied()
     plan = Plan(source, entries, unused)
-    config.architectures = ["NemotronHForCausalLM"]
-    config.dtype = source.dtype
-
-    def write(folder: Path, done: Done) -> None:
-        write_safetensors(plan, folder, done, shard_bytes)
-        copy_companions(path, folder)
-        config.save_pretrained(folder)
-
     remarks = ["config.json names no special tokens, since mamba-ssm's does not: set eos_token_id before generating."]
     if source.padded:
         remarks.append(f"vocab_size is {config.vocab_size}, with the {source.padded} rows that pad the embeddings.")
-    return Conversion("huggingface", plan, write, [shard_bytes], remarks=remarks)
+    return into_folder(plan, published.saver(config, source.dtype), shard_bytes, beside=[path], remarks=remarks)
 
 
 def from_huggingface(path: str | Path) -> Conversion:
@@ -159,13 +144,15 @@ def from_huggingface(path: str | Path) -> Conversion:
         dtype = next((source.specs[part].dtype for part in sources if part in source.specs), torch.float32)
         entries.append(Entry(name, Spec(shape, dtype), sources, make))
     plan = Plan(source, entries)
-    aliases = {"lm_head.weight": "backbone.embedding.weight"} if source.config.tie_word_embeddings else {}
+
+    def named_again(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tied = {"lm_head.weight": "backbone.embedding.weight"} if source.config.tie_word_embeddings else {}
+        return tensors | {name: tensors[other] for name, other in tied.items()}
 
     def write(folder: Path, done: Done) -> None:
-        write_torch_file(plan, folder / WEIGHTS, done, aliases)
+        torch_files.write(source, entries, folder / WEIGHTS, done, named_again)
         copy_companions(source.path, folder)
-        with atomic_write(folder / "config.json") as temporary:
-            temporary.write_text(json.dumps(fields, indent=4) + "\n")
+        write_text(folder / "config.json", json.dumps(fields, indent=4) + "\n")
 
     return Conversion("mamba-ssm", plan, write)
 
@@ -438,167 +425,3 @@ def mamba_ssm_config(config: NemotronHConfig, path: Path) -> dict[str, Any]:
         "pad_vocab_size_multiple": 1,
         "tie_embeddings": config.tie_word_embeddings,
     }
-
-
-# -- files of torch.save -------------------------------------------------------------------------------------------
-
-
-class TorchFile:
-    """The tensors of a `pytorch_model.bin`, mapped into memory and read one at a time.
-
-    Raises:
-        ValueError: the file is cut short (names the first tensor that is gone), of before torch 1.6, or holds
-            something other than tensors by name.
-    """
-
-    _MAPPED = 64 << 20  # as in SafetensorsFolder: mapped anew after so many bytes, and the pages leave memory
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.files = [path]
-        self._open = self._load()
-        self._read_bytes = 0
-        for name, value in self._open.items():
-            if not isinstance(value, Tensor) or not isinstance(name, str):
-                raise ValueError(f"{path} has {shown(name)}, which is no tensor; save the model's state_dict() alone.")
-        self.specs = {name: Spec(tuple(value.shape), value.dtype) for name, value in self._open.items()}
-
-    def _load(self) -> dict[str, Tensor]:
-        try:
-            check_archive(self.path)
-            loaded = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
-        except Exception as error:  # torch has no error of its own for a broken file
-            lost = _first_cut(self.path)
-            if isinstance(error, ValueError) and not lost:
-                raise
-            lost = f", from the tensor {lost} on" if lost else ""
-            reason = re.split(r"\n|\. | \(", str(error))[0].removesuffix(".")
-            raise ValueError(f"{self.path} cannot be read{lost} ({reason}): fetch or write it again.") from error
-        if not isinstance(loaded, dict):
-            raise ValueError(f"{self.path} holds a {type(loaded).__name__}; save the model's state_dict() in it.")
-        return loaded
-
-    def read(self, name: str) -> Tensor:
-        if self._read_bytes > self._MAPPED:
-            self._open, self._read_bytes = self._load(), 0
-        self._read_bytes += self.specs[name].nbytes
-        return self._open[name]
-
-
-class _Listing(pickle._Unpickler):  # C's would believe sizes that are larger than the file
-    """Reads what is stored under which name without making, or calling, anything."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        return OrderedDict if name == "OrderedDict" else name if name.endswith("Storage") else lambda *parts: parts
-
-    def persistent_load(self, pid: Any) -> Any:
-        return pid  # ("storage", class, number, device, elements)
-
-
-def _first_cut(path: Path) -> str | None:
-    """The first tensor whose bytes are past the end of a file of torch.save, where its first record can be read.
-
-    The zip file's list of records is at its end, and gone with it.
-    """
-    if not path.is_file():
-        return None
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        header = file.read(30)
-        if len(header) < 30 or header[:4] != _RECORD:
-            return None
-        file.seek(sum(struct.unpack("<HH", header[26:])), 1)
-        try:
-            stored = _Listing(file).load().items()
-        except Exception:  # it is cut as well, or is nothing that torch wrote
-            return None
-        numbers = set()
-        for name, value in stored:
-            while isinstance(value, tuple) and value and value[0] != "storage":
-                value = value[0]
-            if not isinstance(value, tuple) or value[2] in numbers:
-                continue  # no tensor, or in the same storage as another
-            _, kind, number, _, elements = value
-            numbers.add(number)
-            start = _find_record(file, f"/data/{number}")
-            end = (start or size) + elements * _ELEMENT.get(kind, 1)
-            if end > size:
-                return name
-            file.seek(end)
-    return None
-
-
-_RECORD = b"PK\x03\x04"
-_ELEMENT = {
-    **dict.fromkeys(("DoubleStorage", "LongStorage"), 8),
-    **dict.fromkeys(("FloatStorage", "IntStorage"), 4),
-    **dict.fromkeys(("HalfStorage", "BFloat16Storage", "ShortStorage"), 2),
-}
-"""Bytes of an element; storages of other names count bytes."""
-
-
-def _find_record(file: IO[bytes], name: str) -> int | None:
-    """Where the bytes of a record begin that is near."""
-    here = file.tell()
-    near = file.read(4096)
-    at = -1
-    while (at := near.find(_RECORD, at + 1)) >= 0:
-        header = near[at : at + 30]
-        if len(header) == 30:
-            name_size, extra_size = struct.unpack("<HH", header[26:])
-            if near[at + 30 : at + 30 + name_size].decode(errors="replace").endswith(name):
-                return here + at + 30 + name_size + extra_size
-    return None
-
-
-def write_torch_file(plan: Plan, path: Path, done: Done, aliases: Mapping[str, str]) -> None:
-    """What `torch.save` would write of the plan's tensors, one of them in memory; `aliases` are further names.
-
-    The file is laid out with nothing in it, and the bytes are then put where they belong.
-    """
-    if path.exists():
-        done(plan.nbytes)
-        return
-    # These are heavy, and nothing else here needs them.
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.serialization import skip_data
-
-    with FakeTensorMode():
-        state_dict = {e.name: torch.empty(e.spec.shape, dtype=e.spec.dtype) for e in plan.entries}
-    state_dict |= {alias: state_dict[name] for alias, name in aliases.items()}
-    with atomic_write(path) as temporary:
-        with open(temporary, "wb") as opened, skip_data(materialize_fake_tensors=True):
-            torch.save(state_dict, opened)
-        with zipfile.ZipFile(temporary) as archive:
-            records = [record for record in archive.infolist() if "/data/" in record.filename]
-            directory = archive.start_dir
-        records.sort(key=lambda record: int(record.filename.rpartition("/")[2]))
-        sums: dict[str, int] = {}
-        with open(temporary, "r+b") as file:
-            for record, entry in zip(records, plan.entries, strict=True):
-                file.seek(record.header_offset + 26)
-                names = sum(struct.unpack("<HH", file.read(4)))
-                value = tensor_bytes(entry.read(plan.source))
-                assert len(value) == record.file_size, entry.name
-                file.seek(names, 1)
-                file.write(value)
-                sums[record.filename] = zlib.crc32(value)
-                after = file.tell()
-                assert file.read(4) == b"PK\x07\x08", "torch.save puts the checksum after the bytes"
-                file.seek(after + 4)
-                file.write(struct.pack("<I", sums[record.filename]))
-                done(entry.spec.nbytes)
-            _correct_directory(file, directory, sums)
-
-
-def _correct_directory(file: IO[bytes], start: int, sums: Mapping[str, int]) -> None:
-    """Put the checksums of the records into a zip file's list of them; torch does not look, other readers do."""
-    file.seek(start)
-    while (header := file.read(46))[:4] == b"PK\x01\x02":
-        name_size, extra_size, comment_size = struct.unpack("<HHH", header[28:34])
-        name = file.read(name_size).decode()
-        after = file.tell() + extra_size + comment_size
-        if name in sums:
-            file.seek(after - extra_size - comment_size - name_size - 46 + 16)
-            file.write(struct.pack("<I", sums[name]))
-        file.seek(after)

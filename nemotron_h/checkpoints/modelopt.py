@@ -26,7 +26,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,20 +35,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..configuration import NemotronHConfig
-from ..files import atomic_write
+from .._version import __version__
 from ..ops import fp8_nvfp4 as low_precision
 from ..ops.fp8_nvfp4 import FP8, GROUP, NVFP4
 from . import published
 from .foreign import read_json
 from .published import PublishedFolder
 from .tensors import Entry, Plan, Shape, Spec
-from .writing import SHARD_BYTES, Conversion, Done, copy_companions, write_safetensors
+from .writing import SHARD_BYTES, Conversion, into_folder
 
 SIDECAR = "hf_quant_config.json"
 QUANT_METHOD = "modelopt"
 ALGORITHMS = {"FP8": FP8, "NVFP4": NVFP4, "W4A16_NVFP4": NVFP4}
 MIXED = "MIXED_PRECISION"
+_WEIGHTS_ALONE = {FP8: "FP8", NVFP4: "W4A16_NVFP4"}
 OPTIONS = {
     "dtype": "to huggingface: bfloat16, float16 or float32 for the weights that were quantised",
     "exclude": "from huggingface: more modules to leave in full precision, between commas: names, or '*.o_proj'",
@@ -302,17 +302,12 @@ def to_huggingface(path: Path, dtype: str = "bfloat16", shard_bytes: int = SHARD
             sources = {f"{module}.{end}": spec.shape for end, spec in weights.items()}
             entries.append(Entry(name, Spec(shape, DTYPES[dtype]), sources, _Dequantize(how, DTYPES[dtype], name)))
         else:
-            kind = folder.specs[name].dtype if name in folder.specs else DTYPES[dtype]
-            entries.append(Entry(name, Spec(shape, kind), {name: shape}))
+            entries.append(_as_it_is(folder, name, shape, DTYPES[dtype]))
     plan = Plan(folder, entries, unused)
-    folder.config.dtype = DTYPES[dtype]
     if hasattr(folder.config, "quantization_config"):
         del folder.config.quantization_config
-
-    def write(dest: Path, done: Done) -> None:
-        _write(plan, folder.config, dest, done, shard_bytes)
-
-    return Conversion("huggingface", plan, write, (dtype, shard_bytes), remarks=remarks)
+    save = published.saver(folder.config, DTYPES[dtype])
+    return into_folder(plan, save, shard_bytes, [dtype], beside=[folder.path], remarks=remarks)
 
 
 @dataclass(frozen=True)
@@ -355,62 +350,61 @@ def from_huggingface(
     more = tuple(pattern for pattern in more if pattern)
     remarks = folder.without_absent_mtp()
     shapes = published.tensors(folder.config)
-    candidates = {
+    matrices = {
         name.removesuffix(".weight"): shape
         for name, shape in shapes.items()
         if name.endswith(".weight") and len(shape) > 1
     }
     for pattern in more:
-        if not any(_patterns([pattern]).match(canonical(module)) for module in candidates):
+        if not any(_patterns([pattern]).match(canonical(module)) for module in matrices):
             raise ValueError(f"exclude has {pattern!r}, which no module of {path} is called: correct it.")
     kept = _patterns((*_KEPT[to], *more))
-    odd = [
-        module
-        for module, shape in candidates.items()
-        if to == NVFP4 and shape[-1] % GROUP and not kept.match(canonical(module)) and not _match(_NEVER, module)
-    ]
-    ignored = [
-        module
-        for module, shape in candidates.items()
-        if kept.match(canonical(module)) or _match(_NEVER, module) or len(shape) > 2 or module in odd
-    ]
-    quantise, entries = _Quantize(to), []
-    for name, shape in shapes.items():
-        module = name.removesuffix(".weight")
-        if module not in candidates or module in ignored:
-            kind = folder.specs[name].dtype if name in folder.specs else torch.bfloat16
-            entries.append(Entry(name, Spec(shape, kind), {name: shape}))
-            continue
-        # Servers fuse the three projections: one scale for all.
-        fused = [re.sub(r"[qkv]_proj$", f"{letter}_proj", module) for letter in "qkv"]
-        fused = [one for one in dict.fromkeys(fused) if one in candidates and one not in ignored]
-        sources = {f"{one}.weight": shapes[f"{one}.weight"] for one in (module, *fused)}
-        n, k = shape
-        if to == FP8:
-            parts = {"weight": Spec((n, k), torch.float8_e4m3fn), WEIGHT_SCALE: Spec((), torch.float32)}
-        else:
-            blocks = Spec((n, k // GROUP), torch.float8_e4m3fn)
-            parts = {
-                "weight": Spec((n, k // 2), torch.uint8),
-                WEIGHT_SCALE: blocks,
-                WEIGHT_SCALE_2: Spec((), torch.float32),
-            }
-        for index, (end, spec) in enumerate(parts.items()):
-            entries.append(Entry(f"{module}.{end}", spec, sources, _Part(quantise, tuple(sources), index)))
-    plan = Plan(folder, entries)
-    summary = _summary(ignored)
-    folder.config.quantization_config = quantization_config(to, summary)
-
-    def write(dest: Path, done: Done) -> None:
-        with atomic_write(dest / SIDECAR) as temporary:
-            temporary.write_text(json.dumps(_sidecar(to, summary), indent=2) + "\n", encoding="utf-8")
-        _write(plan, folder.config, dest, done, shard_bytes)
-
+    ignored, odd = [], []
+    for module, shape in matrices.items():
+        left = kept.match(canonical(module)) or _match(_NEVER, module)
+        if to == NVFP4 and shape[-1] % GROUP and not left:
+            odd.append(module)
+        if left or len(shape) > 2 or module in odd:
+            ignored.append(module)
+    quantised = {module: shape for module, shape in matrices.items() if module not in ignored}
+    ignore = _summary(ignored)
+    folder.config.quantization_config = quantization_config(to, ignore)
     if odd:
         remarks.append(
             f"{len(odd)} weights whose inputs are no multiple of {GROUP} stay in full precision, {odd[0]} first."
         )
-    return Conversion(to, plan, write, (*more, shard_bytes), remarks=remarks)
+    return into_folder(
+        Plan(folder, list(_quantised_entries(folder, shapes, quantised, to))),
+        published.saver(folder.config),
+        shard_bytes,
+        more,
+        to=to,
+        beside=[folder.path],
+        files={SIDECAR: json.dumps(_sidecar(to, ignore), indent=2) + "\n"},
+        remarks=remarks,
+    )
+
+
+def _quantised_entries(
+    folder: PublishedFolder, shapes: Mapping[str, Shape], quantised: Mapping[str, Shape], to: str
+) -> Iterator[Entry]:
+    quantise = _Quantize(to)
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        if module not in quantised:
+            yield _as_it_is(folder, name, shape, torch.bfloat16)
+            continue
+        # Servers fuse the three projections: one scale for all.
+        fused = [re.sub(r"[qkv]_proj$", f"{letter}_proj", module) for letter in "qkv"]
+        together = dict.fromkeys((module, *(one for one in fused if one in quantised)))
+        sources = {f"{one}.weight": quantised[one] for one in together}
+        for index, (end, spec) in enumerate(_stored(shape, to).items()):
+            yield Entry(f"{module}.{end}", spec, sources, _Part(quantise, tuple(sources), index))
+
+
+def _as_it_is(folder: PublishedFolder, name: str, shape: Shape, dtype: torch.dtype) -> Entry:
+    """One in full precision; `dtype` stands for that of one that is missing."""
+    return Entry(name, Spec(shape, folder.specs[name].dtype if name in folder.specs else dtype), {name: shape})
 
 
 class _Quantize:
@@ -467,7 +461,7 @@ def quantization_config(to: str, ignore: list[str]) -> dict[str, Any]:
     return {
         "config_groups": {"group_0": {"weights": {**weights, **group}, "targets": ["Linear"]}},
         "ignore": ignore,
-        "quant_algo": "FP8" if to == FP8 else "W4A16_NVFP4",
+        "quant_algo": _WEIGHTS_ALONE[to],
         **group,
         "producer": _producer(),
         "quant_method": QUANT_METHOD,
@@ -476,20 +470,9 @@ def quantization_config(to: str, ignore: list[str]) -> dict[str, Any]:
 
 def _sidecar(to: str, exclude: list[str]) -> dict[str, Any]:
     group = {} if to == FP8 else {"group_size": GROUP}
-    algorithm = "FP8" if to == FP8 else "W4A16_NVFP4"
-    inner = {"quant_algo": algorithm, "kv_cache_quant_algo": None, **group, "exclude_modules": exclude}
+    inner = {"quant_algo": _WEIGHTS_ALONE[to], "kv_cache_quant_algo": None, **group, "exclude_modules": exclude}
     return {"producer": _producer(), "quantization": inner}
 
 
 def _producer() -> dict[str, str]:
-    from .._version import __version__
-
     return {"name": QUANT_METHOD, "version": f"nemotron_h {__version__}"}  # readers look for the name
-
-
-def _write(plan: Plan, config: NemotronHConfig, dest: Path, done: Done, shard_bytes: int) -> None:
-    if not config.architectures:
-        config.architectures = ["NemotronHForCausalLM"]
-    copy_companions(plan.source.path, dest)
-    config.save_pretrained(dest)
-    write_safetensors(plan, dest, done, shard_bytes)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,49 @@ _STACKED = re.compile(r"(.*mixer\.experts)\.(up_proj|down_proj)")
 _RENAMED = {"backbone.embedding.weight": "backbone.embeddings.weight"}
 
 
+def parts(name: str, spec: Spec) -> dict[str, tuple[Spec, int | None]]:
+    """The published tensors in one of these names or of those in memory; of stacked experts each with its number."""
+    if name.startswith("model."):
+        name = "backbone." + name.removeprefix("model.")
+    match = _STACKED.fullmatch(name)
+    if not match or len(spec.shape) != 3 or not spec.nbytes:
+        return {_RENAMED.get(name, name): (spec, None)}
+    part = Spec(spec.shape[1:], spec.dtype)
+    return {f"{match[1]}.{expert}.{match[2]}.weight": (part, expert) for expert in range(spec.shape[0])}
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """What a config.json of this family says. Raises `ValueError` where it is not there or another model's."""
+    if not path.exists():
+        raise ValueError(f"{path.parent} has no {path.name}; name the folder of a model.")
+    fields = read_json(path)
+    if (kind := fields.get("model_type")) != "nemotron_h":
+        raise ValueError(f"{path.parent} is a {kind!r} model; this package knows nemotron_h alone.")
+    return fields
+
+
+def read_config(path: Path) -> NemotronHConfig:
+    """The config in a config.json of this family. Raises `ValueError` where it is none."""
+    fields = read_fields(path)
+    config: NemotronHConfig = NemotronHConfig.from_dict(fields)
+    return config
+
+
+def saver(config: NemotronHConfig, dtype: torch.dtype | None = None) -> Callable[[Path], None]:
+    """What writes the config of a converted folder, whose weights are in `dtype` (None: in what it says)."""
+    config.dtype = dtype or config.dtype
+    config.architectures = config.architectures or ["NemotronHForCausalLM"]
+    save: Callable[[Path], None] = config.save_pretrained
+    return save
+
+
+def check_full_precision(config: NemotronHConfig, path: str | Path) -> None:
+    """Raises `ValueError` where the weights are quantised."""
+    if stored := getattr(config, "quantization_config", None):
+        method = stored.get("quant_method") if isinstance(stored, dict) else stored
+        raise ValueError(f"{path} is quantised ({method}); name the checkpoint that it was made from.")
+
+
 class PublishedFolder:
     """A Hugging Face folder of this family, its tensors in published names whatever names its files have.
 
@@ -159,26 +202,14 @@ class PublishedFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not (self.path / "config.json").exists():
-            raise ValueError(f"{self.path} has no config.json; name the folder of a model.")
-        fields = read_json(self.path / "config.json")
-        if (kind := fields.get("model_type")) != "nemotron_h":
-            raise ValueError(f"{self.path} is a {kind!r} model; this package knows nemotron_h alone.")
-        self.config: NemotronHConfig = NemotronHConfig.from_dict(fields)
+        self.config = read_config(self.path / "config.json")
         self._folder = SafetensorsFolder(self.path)
         _check_room(self.path, self.config, self._folder.files)
         self.files = [self.path / "config.json", *self._folder.files]
         self._where: dict[str, tuple[str, int | None]] = {}
         self.specs: dict[str, Spec] = {}
         for name, spec in self._folder.specs.items():
-            published = "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
-            published = _RENAMED.get(published, published)
-            parts: dict[str, tuple[Spec, int | None]] = {published: (spec, None)}
-            match = _STACKED.fullmatch(published)
-            if match and len(spec.shape) == 3 and spec.nbytes:
-                part = Spec(spec.shape[1:], spec.dtype)
-                parts = {f"{match[1]}.{expert}.{match[2]}.weight": (part, expert) for expert in range(spec.shape[0])}
-            for part_name, (part_spec, expert) in parts.items():
+            for part_name, (part_spec, expert) in parts(name, spec).items():
                 if part_name in self.specs:
                     other = self._where[part_name][0]
                     raise ValueError(f"{self.path} has {part_name} twice, as {other} and as {name}: take one out.")
@@ -197,8 +228,8 @@ class PublishedFolder:
         one, other = self._where[one][0], self._where[other][0]
         spec = self._folder.specs[one]
         some = max(1, (32 << 20) * spec.shape[0] // max(1, spec.nbytes))
-        parts = [slice(start, start + some) for start in range(0, spec.shape[0], some)]
-        return all(torch.equal(self._folder.read(one, part), self._folder.read(other, part)) for part in parts)
+        slices = [slice(start, start + some) for start in range(0, spec.shape[0], some)]
+        return all(torch.equal(self._folder.read(one, part), self._folder.read(other, part)) for part in slices)
 
     def without_absent_mtp(self) -> list[str]:
         """Takes multi-token prediction off the config where the folder has nothing of it, and says so."""

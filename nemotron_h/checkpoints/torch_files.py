@@ -1,4 +1,4 @@
-"""Files of `torch.save`, read without running anything that is in them.
+"""Files of `torch.save`: read without running anything that is in them, and written with one tensor in memory.
 
 `torch.load` has more doors than one: it hands a TorchScript archive to `torch.jit.load`, which runs the archive's code,
 and reads two older formats, one of them a tar file that is unpacked first. Here only the zip file of tensors that torch
@@ -10,14 +10,22 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
+import struct
 import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 import torch
+from torch import Tensor
 
+from ..files import atomic_write
 from .foreign import plain, shown
+from .tensors import Entry, Spec, Tensors
+from .writing import Done, tensor_bytes
 
 _PROGRAM = ("constants.pkl", "code")
 """What a TorchScript archive has and a file of tensors has not."""
@@ -241,40 +249,188 @@ class PickleModule:
 def load(path: Path, mmap: bool = False) -> Any:
     """A file that `torch.save` wrote, its tensors mapped rather than read where `mmap` is set.
 
-    Raises `ValueError` where it cannot be read.
+    Raises `ValueError` where it cannot be read; it names the first tensor that is gone with a file that is cut short.
     """
     plain(path)
     try:
         check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=PickleModule, mmap=mmap)
     except Exception as error:  # of a damaged pickle anything comes
-        names = names_of_cut(path)
-        if isinstance(error, ValueError) and str(path) in str(error) and not names:
+        lost = first_cut(path)
+        if isinstance(error, ValueError) and str(path) in str(error) and not lost:
             raise
-        lost = f", and with it {names[0]} and {len(names) - 1} other tensors" if names else ""
-        raise ValueError(f"{path} cannot be read{lost}: fetch or write it again.") from error
+        lost = f", from the tensor {lost} on" if lost else ""
+        reason = shown(re.split(r"\n|\. | \(", str(error))[0].removesuffix("."), 200)
+        raise ValueError(f"{path} cannot be read{lost} ({reason}): fetch or write it again.") from error
 
+
+class TorchFile:
+    """The tensors of a `pytorch_model.bin`, mapped into memory and read one at a time.
+
+    Raises:
+        ValueError: the file cannot be read (see `load`), or holds something other than tensors by name.
+    """
+
+    _MAPPED = 64 << 20  # as in SafetensorsFolder: mapped anew after so many bytes, and the pages leave memory
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files = [path]
+        self._open: Mapping[str, Tensor] = load(path, mmap=True)
+        self._read_bytes = 0
+        if not isinstance(self._open, dict):
+            raise ValueError(f"{path} holds a {type(self._open).__name__}; save the model's state_dict() in it.")
+        for name, value in self._open.items():
+            if not isinstance(value, Tensor) or not isinstance(name, str):
+                raise ValueError(f"{path} has {shown(name)}, which is no tensor; save the model's state_dict() alone.")
+        self.specs = {name: Spec(tuple(value.shape), value.dtype) for name, value in self._open.items()}
+
+    def read(self, name: str) -> Tensor:
+        if self._read_bytes > self._MAPPED:
+            self._open, self._read_bytes = load(self.path, mmap=True), 0
+        self._read_bytes += self.specs[name].nbytes
+        return self._open[name]
+
+
+# -- what is gone with a file that is cut short ----------------------------------------------------------------------
 
 _PICKLE_BYTES = 64 << 20  # more than the names and arguments of any model
+_RECORD = b"PK\x03\x04"
+_ELEMENT = {
+    **dict.fromkeys(("DoubleStorage", "LongStorage"), 8),
+    **dict.fromkeys(("FloatStorage", "IntStorage"), 4),
+    **dict.fromkeys(("HalfStorage", "BFloat16Storage", "ShortStorage"), 2),
+}
+"""Bytes of an element; storages of other names count bytes."""
 
 
-class _NamesAlone(Unpickler):
+class _Listing(Unpickler):
+    """Reads what is stored under which name without making a tensor: one is the tuple that it would be made of."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+        self.storages: dict[str, tuple[Any, ...]] = {}  # by number, in the order of the file
+
     def find_class(self, module: str, name: str) -> Any:
+        if name.endswith("Storage"):
+            return name
+        if name.startswith("_rebuild_"):
+            return lambda *parts: parts
         if module in ("argparse", "collections"):
             return super().find_class(module, name)
         return type(name, (_Unknown,), {"__module__": module})
 
-    def persistent_load(self, pid: Any) -> None:
-        return None
+    def persistent_load(self, pid: Any) -> Any:
+        self.storages.setdefault(pid[2], pid)
+        return pid  # ("storage", class, number, device, elements)
 
 
-def names_of_cut(path: Path) -> list[str]:
-    """The tensors of "model" in a file of `torch.save` that is cut short: its pickle comes first."""
+def first_cut(path: Path) -> str | None:
+    """The first tensor whose bytes are past the end of a file of torch.save, where its first record can be read.
+
+    The zip file's list of records is at its end, and gone with it; the pickle with the names comes first.
+    """
     try:
         with open(path, "rb") as file:
-            header = file.read(30)
-            file.seek(30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"))
-            model = _NamesAlone(io.BytesIO(file.read(_PICKLE_BYTES))).load()["model"]
-            return [name for name, value in model.items() if isinstance(value, _Unknown)]
-    except Exception:  # whatever a damaged file makes of the pickle: there is just no name to tell
-        return []
+            size, header = path.stat().st_size, file.read(30)
+            if header[:4] != _RECORD:
+                return None
+            file.seek(sum(struct.unpack("<HH", header[26:])), 1)
+            begins, pickled = file.tell(), io.BytesIO(file.read(_PICKLE_BYTES))
+            listing = _Listing(pickled)
+            contents = listing.load()
+            names = _names(contents.get("model", contents))
+            file.seek(begins + pickled.tell())
+            cut = False
+            for number, (_, kind, _, _, elements) in listing.storages.items():
+                starts = None if cut else _find_record(file, f"/data/{number}")
+                cut = starts is None or starts + elements * _ELEMENT.get(kind, 1) > size
+                if cut and number in names:
+                    return names[number]
+                if starts is not None:
+                    file.seek(starts + elements * _ELEMENT.get(kind, 1))
+    except Exception:  # it is cut in the names as well, or is nothing that torch wrote
+        pass
+    return None
+
+
+def _names(contents: Mapping[str, Any]) -> dict[str, str]:
+    """The first tensor of each storage, by its number, among what `_Listing` reads."""
+    names: dict[str, str] = {}
+    for name, value in contents.items():
+        while isinstance(value, tuple) and value and value[0] != "storage":
+            value = value[0]
+        if isinstance(value, tuple) and value:
+            names.setdefault(value[2], name)
+    return names
+
+
+def _find_record(file: IO[bytes], name: str) -> int | None:
+    """Where the bytes of a record begin that is near."""
+    here = file.tell()
+    near = file.read(4096)
+    at = -1
+    while (at := near.find(_RECORD, at + 1)) >= 0:
+        header = near[at : at + 30]
+        if len(header) == 30:
+            name_size, extra_size = struct.unpack("<HH", header[26:])
+            if near[at + 30 : at + 30 + name_size].decode(errors="replace").endswith(name):
+                return here + at + 30 + name_size + extra_size
+    return None
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write(
+    source: Tensors, entries: Sequence[Entry], path: Path, done: Done, contents: Callable[[dict[str, Tensor]], object]
+) -> None:
+    """What `torch.save` would write of `contents(tensors by the names of the entries)`, one tensor in memory.
+
+    The file is laid out with nothing in it, and the bytes are then put where they belong.
+    """
+    if path.exists():
+        done(sum(entry.spec.nbytes for entry in entries))
+        return
+    # These are heavy, and nothing else here needs them.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.serialization import skip_data
+
+    with FakeTensorMode():
+        tensors = {entry.name: torch.empty(entry.spec.shape, dtype=entry.spec.dtype) for entry in entries}
+    with atomic_write(path) as temporary:
+        with open(temporary, "wb") as opened, skip_data(materialize_fake_tensors=True):
+            torch.save(contents(tensors), opened)
+        with zipfile.ZipFile(temporary) as archive:
+            records = [record for record in archive.infolist() if "/data/" in record.filename]
+            directory = archive.start_dir
+        records.sort(key=lambda record: int(record.filename.rpartition("/")[2]))
+        sums: dict[str, int] = {}
+        with open(temporary, "r+b") as file:
+            for record, entry in zip(records, entries, strict=True):
+                file.seek(record.header_offset + 26)
+                names = sum(struct.unpack("<HH", file.read(4)))
+                value = tensor_bytes(entry.read(source))
+                assert len(value) == record.file_size, entry.name
+                file.seek(names, 1)
+                file.write(value)
+                sums[record.filename] = zlib.crc32(value)
+                after = file.tell()
+                assert file.read(4) == b"PK\x07\x08", "torch.save puts the checksum after the bytes"
+                file.seek(after + 4)
+                file.write(struct.pack("<I", sums[record.filename]))
+                done(entry.spec.nbytes)
+            _correct_directory(file, directory, sums)
+
+
+def _correct_directory(file: IO[bytes], start: int, sums: Mapping[str, int]) -> None:
+    """Put the checksums of the records into a zip file's list of them; torch does not look, other readers do."""
+    file.seek(start)
+    while (header := file.read(46))[:4] == b"PK\x01\x02":
+        name_size, extra_size, comment_size = struct.unpack("<HHH", header[28:34])
+        name = file.read(name_size).decode()
+        after = file.tell() + extra_size + comment_size
+        if name in sums:
+            file.seek(after - extra_size - comment_size - name_size - 46 + 16)
+            file.write(struct.pack("<I", sums[name]))
+        file.seek(after)

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,6 +167,38 @@ def copy_companions(source: Path, folder: Path) -> None:
         shutil.copy2(file, folder / file.name)
 
 
+def into_folder(
+    plan: Plan,
+    save: Callable[[Path], object],
+    shard_bytes: int = SHARD_BYTES,
+    options: Sequence[object] = (),
+    *,
+    to: str = "huggingface",
+    beside: Iterable[Path] = (),
+    files: Mapping[str, str] | None = None,
+    remarks: list[str],
+) -> Conversion:
+    """The conversion into a folder of safetensors: its config, which `save` writes, and what else belongs to it.
+
+    `beside` are the folders whose companions come along, the last one's where several have a file; `files` are texts.
+    """
+
+    def write(folder: Path, done: Done) -> None:
+        for place in beside:
+            copy_companions(place, folder)
+        for name, text in (files or {}).items():
+            write_text(folder / name, text)
+        save(folder)
+        write_safetensors(plan, folder, done, shard_bytes)
+
+    return Conversion(to, plan, write, (*options, shard_bytes), remarks=remarks)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_safetensors(plan: Plan, folder: Path, done: Done, shard_bytes: int = SHARD_BYTES) -> None:
     """The plan's tensors as `model.safetensors`, or as numbered shards with their index, one tensor in memory."""
     shards = into_shards(plan.entries, shard_bytes)
@@ -182,8 +214,7 @@ def write_safetensors(plan: Plan, folder: Path, done: Done, shard_bytes: int = S
     if len(shards) > 1:
         weight_map = {entry.name: name for name, entries in zip(names, shards, strict=True) for entry in entries}
         index = {"metadata": {"total_size": plan.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
-        with atomic_write(folder / "model.safetensors.index.json") as temporary:
-            temporary.write_text(json.dumps(index, indent=2) + "\n")
+        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
 def into_shards(entries: Sequence[Entry], shard_bytes: int) -> list[list[Entry]]:

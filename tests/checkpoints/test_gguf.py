@@ -20,7 +20,8 @@ from transformers import AutoTokenizer
 
 from nemotron_h import NemotronHConfig, NemotronHForCausalLM
 from nemotron_h.bundled import WORD_PROBLEMS
-from nemotron_h.checkpoints import formats, gguf, gguf_tokenizer
+from nemotron_h.checkpoints import formats, gguf
+from nemotron_h.checkpoints.gguf import reading, tokenizer, writing
 from nemotron_h.checkpoints.writing import convert
 
 RECORDED = Path(__file__).parents[1] / "data" / "gguf"
@@ -276,10 +277,10 @@ def test_a_bfloat16_model_comes_back_bit_for_bit(tmp_path, outtype):
 def test_a_log_of_bfloat16_values_is_exact_in_any_file():
     """Also where nothing says what it was, and where A was made in float32, as in files of llama.cpp's converter."""
     a_log = torch.linspace(-3, 3, 97).bfloat16().float()
-    assert torch.equal(gguf._a_log(-a_log.exp()), a_log)
-    assert torch.equal(gguf._a_log(-a_log.double().exp().float()), a_log)
+    assert torch.equal(reading._a_log(-a_log.exp()), a_log)
+    assert torch.equal(reading._a_log(-a_log.double().exp().float()), a_log)
     other = torch.linspace(-3, 3, 97) + 1e-4
-    assert ((gguf._a_log(-other.double().exp().float()) - other).abs() <= 2.0**-23 * other.abs().clamp_min(1)).all()
+    assert ((reading._a_log(-other.double().exp().float()) - other).abs() <= 2.0**-23 * other.abs().clamp_min(1)).all()
 
 
 def test_dtype_of_the_folder(folders, tmp_path):
@@ -433,14 +434,14 @@ def test_tokenizer_that_adds_bos(dense, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "back")("the").input_ids[0] == 1
 
 
-@pytest.mark.parametrize("pattern", gguf_tokenizer.SPLITS)
+@pytest.mark.parametrize("pattern", tokenizer.SPLITS)
 def test_known_ways_of_splitting(dense, tmp_path, pattern):
     fields = json.loads((dense / "tokenizer.json").read_text())
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     fields["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, level]}
     (dense / "tokenizer.json").write_text(json.dumps(fields))
-    name = gguf_tokenizer.SPLITS[pattern]
+    name = tokenizer.SPLITS[pattern]
     conversion = gguf.from_huggingface(dense)
     assert any("ignore_merges" in remark for remark in conversion.remarks) == (name in ("pixtral", "tekken"))
     convert(conversion, tmp_path / "m.gguf")
@@ -636,7 +637,7 @@ def test_without_the_package(folders, monkeypatch):
 @pytest.mark.parametrize("safe_bytes", [1, 1 << 30])
 def test_an_interrupted_run(folders, tmp_path, monkeypatch, safe_bytes):
     """The file is absent until it is whole; the next run goes on behind what is surely on the disk."""
-    monkeypatch.setattr(gguf, "_SAFE_BYTES", safe_bytes)
+    monkeypatch.setattr(writing, "_SAFE_BYTES", safe_bytes)
     whole = write(folders("moe"), tmp_path / "whole.gguf", outtype="q8_0").read_bytes()
     conversion, written = gguf.from_huggingface(folders("moe"), "q8_0"), []
 
@@ -664,7 +665,7 @@ def test_an_interrupted_run(folders, tmp_path, monkeypatch, safe_bytes):
 def test_large_tensors_go_in_pieces(folders, tmp_path, monkeypatch):
     """The same file whether a tensor is encoded at once or a row at a time."""
     at_once = write(folders("moe"), tmp_path / "a.gguf", outtype="q8_0").read_bytes()
-    monkeypatch.setattr(gguf, "_ELEMENTS", 1)
+    monkeypatch.setattr(writing, "ELEMENTS", 1)
     assert write(folders("moe"), tmp_path / "b.gguf", outtype="q8_0").read_bytes() == at_once
 
 

@@ -6,7 +6,8 @@ import pytest
 
 pytest.importorskip("gguf")
 
-from nemotron_h.checkpoints import formats, gguf_header
+from nemotron_h.checkpoints import formats
+from nemotron_h.checkpoints.gguf import header
 
 U8, U32, STRING, ARRAY = 0, 4, 8, 9
 
@@ -84,7 +85,7 @@ def test_a_sound_header_passes(tmp_path):
         key("c", ARRAY, array(U8, 0)),
     ]
     (tmp_path / "model.gguf").write_bytes(file(*keys, tensors=[tensor(2, 2)]))
-    gguf_header.check_header(tmp_path / "model.gguf")
+    header.check_header(tmp_path / "model.gguf")
 
 
 def test_the_other_part_of_a_split_file_is_a_file(tmp_path):

@@ -10,7 +10,8 @@ import torch
 from families import FAMILIES, small_config
 
 from nemotron_h import NemotronHConfig
-from nemotron_h.checkpoints.megatron_names import from_megatron_args, padded_vocab, to_megatron_args
+from nemotron_h.checkpoints.megatron.arguments import from_megatron_args, to_megatron_args
+from nemotron_h.checkpoints.megatron.names import padded_vocab
 
 CONFIGS = sorted((Path(__file__).parent.parent / "data" / "configs").glob("*.json"))
 # What a config says of the tokenizer, of serving and of initialisation, which Megatron has no arguments for.

@@ -16,7 +16,8 @@ from families import small_model
 from safetensors.torch import load_file, save_file
 
 from nemotron_h import NemotronHForCausalLM
-from nemotron_h.checkpoints import formats, mamba_ssm, megatron, megatron_legacy, torch_files
+from nemotron_h.checkpoints import formats, mamba_ssm, megatron, torch_files
+from nemotron_h.checkpoints.megatron import ranks
 from nemotron_h.checkpoints.writing import convert
 
 
@@ -71,7 +72,7 @@ PLACES = {
     "a rank file": (rank_file, lambda folder: formats.conversion(folder, "huggingface")),
     "a rank file without optimizer": (
         lambda folder: folder / "mp_rank_00" / "model_rng.pt",
-        lambda folder: megatron_legacy.RankFolders(folder),
+        lambda folder: ranks.RankFolders(folder),
     ),
     "common.pt": (lambda folder: folder / "common.pt", lambda folder: megatron.DistFolder(folder)),
     "mamba-ssm's": (
@@ -156,7 +157,7 @@ def test_a_pickle_makes_nothing_but_what_a_model_has(what, tmp_path):
     folder.mkdir(parents=True)
     rank.rename(folder / rank.name)
     with pytest.raises(ValueError, match=r"^[^\n]*model_optim_rng\.pt (cannot be read|has no 'model')[^\n]*$"):
-        megatron_legacy.RankFolders(tmp_path / "m")
+        ranks.RankFolders(tmp_path / "m")
     assert not hasattr(argparse.Namespace, "pollut") and not hasattr(torch._utils._rebuild_tensor_v2, "pollut")
 
 
@@ -268,7 +269,7 @@ def test_a_tracker_names_a_folder_inside(tmp_path):
 
 @pytest.mark.parametrize("name", ["expert_tensor_parallel_size", "mtp_num_layers"])
 def test_numbers_among_the_arguments_are_believed_as_far_as_a_model_goes(name, tmp_path):
-    convert(megatron_legacy.from_huggingface(published(tmp_path / "ours")), tmp_path / "ranks")
+    convert(ranks.from_huggingface(published(tmp_path / "ours")), tmp_path / "ranks")
     (tmp_path / "ranks" / "config.json").unlink()
     file = rank_file(tmp_path / "ranks")
     contents = torch.load(file, weights_only=False)

@@ -33,49 +33,29 @@ from typing import IO, Any, BinaryIO, cast
 import torch
 from torch import Tensor
 
-from ..configuration import NemotronHConfig
-from ..files import atomic_write
-from .foreign import inside, plain, read_json, shown, sound
-from .megatron_names import (
-    ITERATION,
-    VOCAB_DIVISIBLE_BY,
-    Described,
-    Spelling,
-    Weight,
-    check_writable,
-    common_spec,
-    describe,
-    from_whole,
-    is_state,
-    iteration_folders,
-    leave_out,
-    padded_vocab,
-    start,
-    to_megatron_args,
-    to_whole,
-    weights,
-)
-from .published import PublishedFolder, tensors
-from .tensors import Entry, Plan, Shape, Spec
-from .torch_files import Unpickler, load
-from .writing import SHARD_BYTES, Conversion, Done, copy_companions, into_shards, write_safetensors
+from ...files import atomic_write
+from ..foreign import inside, plain, read_json, shown, sound
+from ..published import PublishedFolder, tensors
+from ..tensors import Entry, Plan, Shape, Spec
+from ..torch_files import Unpickler, load
+from ..writing import SHARD_BYTES, Conversion, Done, into_shards, write_text
+from . import folders
+from .folders import IS_STATE, ITERATION, Reasons, common_spec, from_published, iteration_folders, to_published
+from .names import VOCAB_DIVISIBLE_BY, Weight, to_whole
 
 OPTIONS = {
-    "config": "config.json of the model, where the checkpoint has no Megatron arguments",
-    "vocab_size": "tokens of the tokenizer, where the arguments have the padded number alone",
+    **folders.OPTIONS,
     "tensor_parallel": "ranks that the vocabulary is padded for: 1, 2, 4 or 8",
     "experts": "grouped (one tensor for all experts of a layer) or sequential (one tensor each)",
-    "vocab_divisible_by": "the padded vocabulary is a multiple of this and of the ranks",
     "shard_bytes": "bytes per file, about",
 }
-EXPERTS = ("grouped", "sequential")
 
 _METADATA = ".metadata"
 _PREFIX = re.compile(r"^(?:(?:model\d*|module)\.)+")
-_REASONS = {
+_REASONS: Reasons = {
     "the state of an optimizer": lambda name: re.match(r"(chained_\d+\.)?optimizer\.", name) is not None,
     "the state of random numbers": lambda name: name.startswith(("rng_state", "rerun_state")),
-    "the state of TransformerEngine": is_state,
+    **IS_STATE,
 }
 
 
@@ -216,6 +196,23 @@ class DistFolder:
         assert result is not None, name
         return result.reshape(spec.shape)
 
+    @property
+    def rows(self) -> int:
+        spec = self.specs.get("embedding.word_embeddings.weight")
+        return spec.shape[0] if spec and spec.shape else 0
+
+    def names(self) -> Iterator[str]:
+        return (re.sub(r"\.(z|x|B|C|dt)$", "", name) for name in self.specs)
+
+    def sources(self, weight: Weight, name: str) -> dict[str, Shape]:
+        return _shapes(weight, name)
+
+    def whole(self, weight: Weight, parts: tuple[Tensor, ...]) -> Tensor:
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def reasons(self, plan: Plan) -> Reasons:
+        return _REASONS
+
     def _load(self, name: str, chunk: _Chunk) -> Tensor:
         try:
             with open(chunk.file, "rb") as file:
@@ -268,53 +265,12 @@ def to_huggingface(
     vocab_size: int | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Conversion:
-    """The published folder, of a torch_dist checkpoint.
-
-    Its config is `config`, or the config.json beside the checkpoint, or what its Megatron arguments say; `vocab_size`
-    is for the last alone.
+    """The published folder, of a torch_dist checkpoint; see `folders.to_published`.
 
     Raises:
         ValueError: no torch_dist checkpoint, files that cannot be read, no config or two that differ.
     """
-    path = Path(path)
-    source = DistFolder(path)
-    beside = [path, source.folder, source.folder.parent]
-    described = describe(path, beside, source.args, config, vocab_size)
-    embeddings = source.specs.get("embedding.word_embeddings.weight")
-    rows = max(described.config.vocab_size, embeddings.shape[0] if embeddings and embeddings.shape else 0)
-    plan = Plan(source, list(_published_entries(source, described.config, rows)))
-    leave_out(plan, _REASONS)
-
-    def write(folder: Path, done: Done) -> None:
-        write_safetensors(plan, folder, done, shard_bytes)
-        described.write(folder)
-        for place in dict.fromkeys(reversed(beside)):
-            copy_companions(place, folder)
-
-    return Conversion(
-        "huggingface", plan, write, (shard_bytes, described.config.to_json_string()), remarks=described.remarks
-    )
-
-
-def _published_entries(source: DistFolder, config: NemotronHConfig, rows: int) -> Iterator[Entry]:
-    table = weights(config, rows)
-    spelling = Spelling((re.sub(r"\.(z|x|B|C|dt)$", "", name) for name in source.specs), table)
-    shapes = tensors(config)
-    for weight in table:
-        for name in weight.of:
-            sources = _dist_shapes(weight, spelling(weight))
-
-            def make(*parts: Tensor, weight: Weight = weight, name: str = name) -> Tensor:
-                return from_whole(weight, config, name, torch.cat(parts) if len(parts) > 1 else parts[0])
-
-            yield Entry(name, common_spec(source, sources, shapes[name]), sources, make)
-
-
-def _dist_shapes(weight: Weight, name: str) -> dict[str, Shape]:
-    """The tensors of a distributed checkpoint that hold a weight."""
-    if weight.parts is None:
-        return {name: weight.shape}
-    return {f"{name}.{part}": (rows, *weight.shape[1:]) for part, rows in weight.parts.items()}
+    return to_published(DistFolder(path), config, vocab_size, shard_bytes)
 
 
 def from_huggingface(
@@ -324,44 +280,44 @@ def from_huggingface(
     vocab_divisible_by: int = VOCAB_DIVISIBLE_BY,
     shard_bytes: int = SHARD_BYTES,
 ) -> Conversion:
-    """A torch_dist checkpoint, of a folder of this family.
+    """A torch_dist checkpoint, of a folder of this family; see `folders.from_published`.
 
     `tensor_parallel` decides how far the vocabulary is padded, with zeros, and what the arguments say; Megatron reads
-    the result with any. The folder's config.json and its tokenizer are kept beside it, for the way back.
-
-    Raises:
-        ValueError: a wrong source or option, or a model that Megatron has no place for.
+    the result with any.
     """
-    source = PublishedFolder(path)
-    config, remarks = source.config, source.without_absent_mtp()
-    if experts not in EXPERTS:
-        raise ValueError(f"experts is {experts!r}; give one of {', '.join(EXPERTS)}.")
-    check_writable(config, tensor_parallel, vocab_divisible_by, tensor_parallel)
-    rows = padded_vocab(config.vocab_size, tensor_parallel, vocab_divisible_by)
-    plan = Plan(source, list(_dist_entries(source, weights(config, rows), experts)))
-    args = to_megatron_args(config) | {
-        "padded_vocab_size": rows,
-        "make_vocab_size_divisible_by": vocab_divisible_by,
-        "tensor_model_parallel_size": tensor_parallel,
-        "pipeline_model_parallel_size": 1,
-        "ckpt_format": "torch_dist",
-        "iteration": ITERATION,
-    }
 
-    def write(folder: Path, done: Done) -> None:
-        inner = start(folder)
-        _write_tensors(plan, inner, done, shard_bytes)
+    def entries(source: PublishedFolder, table: list[Weight]) -> Iterator[Entry]:
+        return _dist_entries(source, table, experts)
+
+    def write(plan: Plan, folder: Path, args: dict[str, Any], done: Done) -> None:
+        _write_tensors(plan, folder, done, shard_bytes)
         common = {"args": argparse.Namespace(**args), "checkpoint_version": 3.0, "iteration": ITERATION}
         common["content_metadata"] = {"singleton_local_shards": experts == "sequential"}
-        with atomic_write(inner / "common.pt") as temporary:
+        with atomic_write(folder / "common.pt") as temporary:
             torch.save(common, temporary)
         backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         backends |= {"common_backend": "torch", "common_backend_version": 1}
-        (inner / "metadata.json").write_text(json.dumps(backends))
-        Described(config, None if remarks else source.path / "config.json", remarks).write(folder)
-        copy_companions(source.path, folder)
+        (folder / "metadata.json").write_text(json.dumps(backends))
 
-    return Conversion("megatron", plan, write, (tensor_parallel, experts, rows, shard_bytes), remarks=remarks)
+    return from_published(
+        path,
+        "megatron",
+        tensor_parallel,
+        experts,
+        tensor_parallel,
+        vocab_divisible_by,
+        args={"ckpt_format": "torch_dist"},
+        options=[shard_bytes],
+        entries=entries,
+        write=write,
+    )
+
+
+def _shapes(weight: Weight, name: str) -> dict[str, Shape]:
+    """The tensors of a distributed checkpoint that hold a weight."""
+    if weight.parts is None:
+        return {name: weight.shape}
+    return {f"{name}.{part}": (rows, *weight.shape[1:]) for part, rows in weight.parts.items()}
 
 
 def _dist_entries(source: PublishedFolder, table: list[Weight], experts: str) -> Iterator[Entry]:
@@ -370,7 +326,7 @@ def _dist_entries(source: PublishedFolder, table: list[Weight], experts: str) ->
         name = weight.names[1 if weight.expert and experts == "sequential" else 0]
         sources = {published: shapes[published] for published in weight.of}
         first = 0
-        for stored, shape in _dist_shapes(weight, name).items():
+        for stored, shape in _shapes(weight, name).items():
             rows = slice(first, first + shape[0]) if weight.parts is not None else slice(None)
             first += shape[0]
 
@@ -413,8 +369,7 @@ def _write_tensors(plan: Plan, folder: Path, done: Done, shard_bytes: int) -> No
                     torch.save(_alone(entry.read(plan.source)).reshape(item.tensor_data.chunk.sizes), file)
                     places.append((began, file.tell() - began))
                     done(entry.spec.nbytes)
-            with atomic_write(kept) as temporary:
-                temporary.write_text(json.dumps(places))
+            write_text(kept, json.dumps(places))
         written: list[tuple[WriteItem, tuple[int, int]]] = list(zip(save.items, places, strict=True))
         results.append(
             [
