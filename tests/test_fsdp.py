@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from nemotron_h.parallel import tensor as parallel
+from nemotron_h.parallel import keep_float32
 
 FAMILIES = ("dense", "moe", "latent", "tied")
 # An older transformers gives float32 parameters no FSDP2 groups of their own, and shards a model of one dtype alone.
@@ -126,7 +126,7 @@ def mixed(rank):
         accelerator = accelerated(precision)
         model = model_of("latent").to(dtype)
         policy = torch.distributed.fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-        parallel.keep_float32(model, **({"mp_policy": policy} if precision == "bf16" else {}))
+        keep_float32(model, **({"mp_policy": policy} if precision == "bf16" else {}))
         seen = record_dtypes(model)
         _, found[precision] = train_step(accelerator, model, rank)
         found[precision]["seen"] = seen

@@ -11,10 +11,12 @@ import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 from families import relative_difference, small_model, tokens
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from nemotron_h import NemotronHForCausalLM, NemotronHForSequenceClassification, lora_config, lora_coverage
@@ -484,6 +486,19 @@ def test_the_adapters_folder_opens_again(family, tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"), ids), logits(wrapped, ids))
 
 
+def test_an_adapter_that_an_earlier_version_wrote_opens():
+    """tests/data/adapter, with the logits of that version: r=1 on every kind of layer, A and B drawn."""
+    folder, ids = Path(__file__).parent / "data" / "adapter", tokens(1, 9)
+    model, plain = (small_model("latent", torch.float32, hybrid_override_pattern="ME*-") for _ in range(2))
+    opened = peft.PeftModel.from_pretrained(model, folder).eval()
+    saved, held = load_file(folder / "adapter_model.safetensors"), peft.get_peft_model_state_dict(opened)
+    assert saved.keys() == held.keys() and all(torch.equal(saved[name], held[name]) for name in saved)
+    assert adapted_names(opened) == expected_names(plain, "all-linear")
+    expected = load_file(folder / "logits.safetensors")["logits"]
+    assert relative_difference(logits(opened, ids)[0, -1], expected, record=False) <= 1e-5
+    assert relative_difference(logits(with_products(plain, opened), ids)[0, -1], expected, record=False) <= 1e-5
+
+
 # Packed experts
 
 
@@ -550,6 +565,7 @@ def test_two_adapters_on_packed_experts(tmp_path):
     ids = tokens(1, 9)
     first = logits(wrapped, ids)
     wrapped.add_adapter("second", lora_config(wrapped.base_model.model, r=3, report=False))
+    assert lora_coverage(wrapped, adapter_name="second").layers == lora_coverage(wrapped).layers
     assert torch.equal(logits(wrapped, ids), first)
     wrapped.set_adapter("second")  # B is zero
     with wrapped.disable_adapter():

@@ -1,5 +1,5 @@
 """One model on many devices."""
 
-from .tensor import keep_float32
+from .fsdp import keep_float32
 
 __all__ = ["keep_float32"]

@@ -1,4 +1,4 @@
-"""Many processes: the tensor-parallel plan, and what Mamba layers need beyond `transformers`' own styles.
+"""Tensor and expert parallelism: the plans, and what Mamba layers need beyond `transformers`' own styles.
 
 `from_pretrained(folder, tp_plan="auto")` (or `distributed_config=DistributedConfig(tp_size=...)`) splits every layer
 over the processes of a job by heads: rank r of n keeps
@@ -31,12 +31,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, ColwiseParallel, TensorParallelLayer
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel as _Base
+from ..configuration import NemotronHConfig
+from .fsdp import fsdp_plan
 
-    from ..configuration import NemotronHConfig
+if TYPE_CHECKING:
+    _Base = PreTrainedModel
 else:
     _Base = object
 
@@ -82,24 +84,6 @@ def expert_parallel_plan(config: NemotronHConfig) -> dict[str, str]:
         f"{experts}.down_proj": "grouped_gemm",
         experts: "ep_dispatch_experts",
     }
-
-
-def fsdp_plan(config: NemotronHConfig) -> dict[str, str]:
-    """What `transformers`' FSDP2 gathers together.
-
-    FSDP2 wants one dtype in each group. The library gives the modules with float32 parameters a group of their own, and
-    a Mamba mixer's would hold all of the mixer: so its parts come first, and A_log, D and dt_bias remain. An older
-    transformers, which makes no such groups, shards models of one dtype alone, and outer modules before inner ones.
-    """
-    from transformers import PreTrainedModel
-
-    plan = {"embeddings": "free_full_weight", "layers.*": "free_full_weight", "norm_f": "keep_full_weight"}
-    if "mamba" in config.layers_block_type and hasattr(PreTrainedModel, "_resolve_parallel_plans"):
-        plan |= {f"layers.*.mixer.{name}": "free_full_weight" for name in _MAMBA_PARTS}
-    return plan
-
-
-_MAMBA_PARTS = ("in_proj", "conv1d", "norm", "out_proj")
 
 
 # --- Rows in the order of the ranks ------------------------------------------------------------------------------
@@ -225,14 +209,24 @@ def _shard(module: nn.Module, name: str, mesh: Any, dim: int | None) -> None:
         )
 
 
-class MixerParallel(TensorParallelLayer):  # type: ignore[misc]
-    """A mixer: of Mamba's, its parts run on this rank's heads and groups; of attention's, its heads are counted.
+class RowsParallel(TensorParallelLayer):  # type: ignore[misc]
+    """Rows split evenly, and the module run on this rank's: in_proj, conv1d and the gated norm of a Mamba mixer.
 
-    MLP and MoE mixers hold nothing themselves: their linear layers have styles of their own.
+    Around each module and not around the mixer: FSDP2 brings a module's parameters in when that module is called.
     """
 
     def shard_param(self, module: Any, param: str, mesh: Any) -> None:
         _shard(module, param, mesh, 0)
+
+    def context_around_forward(self, module: Any, mesh: Any) -> Any:
+        return _local_parameters(module)
+
+
+class MixerParallel(RowsParallel):
+    """A mixer: of Mamba's, its parts run on this rank's heads and groups; of attention's, its heads are counted.
+
+    MLP and MoE mixers hold nothing themselves: their linear layers have styles of their own.
+    """
 
     def install_forward(self, module: Any, mesh: Any) -> Any:
         world = mesh.size()
@@ -256,22 +250,6 @@ class MixerParallel(TensorParallelLayer):  # type: ignore[misc]
 
     def transform_inputs_pre_forward(self, module: Any, args: Any, kwargs: Any, mesh: Any) -> Any:
         return (_SumGradient.apply(args[0], mesh.get_group()), *args[1:]), kwargs
-
-    def context_around_forward(self, module: Any, mesh: Any) -> Any:
-        return _local_parameters(module)
-
-
-class RowsParallel(TensorParallelLayer):  # type: ignore[misc]
-    """Rows split evenly, and the module run on this rank's: in_proj, conv1d and the gated norm of a Mamba mixer.
-
-    Around each module and not around the mixer: FSDP2 brings a module's parameters in when that module is called.
-    """
-
-    def shard_param(self, module: Any, param: str, mesh: Any) -> None:
-        _shard(module, param, mesh, 0)
-
-    def context_around_forward(self, module: Any, mesh: Any) -> Any:
-        return _local_parameters(module)
 
 
 class KeysParallel(ColwiseParallel):  # type: ignore[misc]
@@ -323,7 +301,7 @@ class Distributed(_Base):
     def init_parallel_plans(self) -> None:
         super().init_parallel_plans()
         if self.base_model is self:
-            config = cast("NemotronHConfig", self.config)
+            config = cast(NemotronHConfig, self.config)
             self._tp_plan = {**(self._tp_plan or {}), **tensor_parallel_plan(config)}
             self._ep_plan = {**(self._ep_plan or {}), **expert_parallel_plan(config)}
             # in place of the configs' default, which names parts as other models do
@@ -343,8 +321,6 @@ class Distributed(_Base):
     def _load_pretrained_model(
         model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        from transformers import PreTrainedModel
-
         load: Callable[..., Any] = PreTrainedModel._load_pretrained_model
         if not (orders := _orders(model)):
             return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
@@ -432,47 +408,10 @@ def check_divides(config: NemotronHConfig, world: int) -> None:
         )
 
 
-# --- FSDP2 -------------------------------------------------------------------------------------------------------
-
-
-def keep_float32(model: nn.Module, mesh: Any = None, **policies: Any) -> int:
-    """Give what is float32 in a half-precision model FSDP2 groups of their own, before FSDP2 takes the model.
-
-    FSDP2 gathers one dtype a group, and casts what it gathers to the mixed-precision dtype: left to it, a model with
-    float32 A_log, D, dt_bias and routers beside bfloat16 weights is refused, and under `mixed_precision: bf16` they are
-    rounded. Call it after the process group is there (after `TrainingArguments(...)` or `Accelerator()`) and before
-    `trainer.train()`, `accelerator.prepare(model)` or `fully_shard(model)`, which leave finished groups alone.
-
-    Args:
-        mesh: the device mesh that FSDP2 gets for the rest; None for all processes.
-        policies: arguments of `fully_shard` for the Mamba layers' other parameters, such as
-            `mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)`. Their parameters are then cast as
-            `accelerate` casts the rest.
-
-    Returns:
-        How many groups of float32 parameters were made.
-    """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    from ..layers.parts import Float32Parameters
-
-    own = {**policies, "mp_policy": MixedPrecisionPolicy()}
-    groups = 0
-    for module in list(model.modules()):
-        if isinstance(module, Float32Parameters):
-            if parts := [part for part in module.children() if list(part.parameters())]:
-                fully_shard(parts, mesh=mesh, **policies)
-            fully_shard(module, mesh=mesh, **own)
-            groups += 1
-    return groups
-
-
 __all__ = [
     "Distributed",
     "RankOrder",
     "check_divides",
     "expert_parallel_plan",
-    "fsdp_plan",
-    "keep_float32",
     "tensor_parallel_plan",
 ]

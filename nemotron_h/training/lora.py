@@ -15,8 +15,10 @@ PEFT is imported when one of the functions is called, never with the package.
 
 from __future__ import annotations
 
+import copy
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -86,22 +88,13 @@ def lora_config(
             )
     modules, parameters = _targets(model, KINDS[kind])
     if not modules and not parameters:
+        letters = getattr(getattr(model, "config", None), "hybrid_override_pattern", "") or "?"
         raise ValueError(
             f"kind={kind!r} means {', '.join(KINDS[kind])}, and {type(model).__name__} with layers "
-            f"{_layer_kinds(model)} has none of them: choose another kind."
+            f"{''.join(sorted(set(letters)))} has none of them: choose another kind."
         )
-    for name in _NOT_FOR_EXPERTS if parameters else ():
-        if options.get(name):
-            raise ValueError(
-                f"{name}={options[name]!r} cannot be had on routed experts, which kind={kind!r} adapts: leave it out, "
-                "or choose kind='mixers'."
-            )
-    init = options.get("init_lora_weights", True)
-    if parameters and (init.lower() if isinstance(init, str) else init) not in _INITS_FOR_EXPERTS:
-        raise ValueError(
-            f"init_lora_weights={init!r} cannot be had on routed experts, which kind={kind!r} adapts: write one of "
-            f"{', '.join(map(repr, _INITS_FOR_EXPERTS))}, or choose kind='mixers'."
-        )
+    if parameters:
+        _check_options_for_experts(kind, options)
     task = next((task for end, task in _TASKS.items() if type(model).__name__.endswith(end)), "FEATURE_EXTRACTION")
     if _has_idle(model) and modules:
         options["exclude_modules"] = _exclude(options.get("exclude_modules"))
@@ -115,6 +108,21 @@ def lora_config(
     if report:
         print(f"lora_config(kind={kind!r}, r={r}): {lora_coverage(model, config)}", flush=True)
     return config
+
+
+def _check_options_for_experts(kind: str, options: dict[str, Any]) -> None:
+    for name in _NOT_FOR_EXPERTS:
+        if options.get(name):
+            raise ValueError(
+                f"{name}={options[name]!r} cannot be had on routed experts, which kind={kind!r} adapts: leave it out, "
+                "or choose kind='mixers'."
+            )
+    init = options.get("init_lora_weights", True)
+    if (init.lower() if isinstance(init, str) else init) not in _INITS_FOR_EXPERTS:
+        raise ValueError(
+            f"init_lora_weights={init!r} cannot be had on routed experts, which kind={kind!r} adapts: write one of "
+            f"{', '.join(map(repr, _INITS_FOR_EXPERTS))}, or choose kind='mixers'."
+        )
 
 
 @dataclass(frozen=True)
@@ -185,17 +193,16 @@ def lora_coverage(model: nn.Module, config: LoraConfig | None = None, adapter_na
             raise ValueError(
                 f"{type(model).__name__} has no adapter: wrap it with peft.get_peft_model first, or pass the config."
             )
-        return _coverage(model, list(_would_match(model, config)), config, 0)
+        return _coverage(model, list(_would_match(model, config)), config, trained=0)
     if adapter_name is None:
         active = getattr(model, "active_adapter", None) or getattr(model, "active_adapters", None)
-        active = active() if callable(active) else active
+        active = active() if callable(active) else active  # a method of a model after `add_adapter`
         adapter_name = active if isinstance(active, str) else (active or list(found))[0]
     if adapter_name not in found:
         raise ValueError(f"There is no adapter {adapter_name!r}: the model has {', '.join(map(repr, found))}.")
     base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    matched = list(_adapted(base, adapter_name))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return _coverage(base, matched, found[adapter_name], trained)
+    return _coverage(base, list(_adapted(base, adapter_name)), found[adapter_name], trained)
 
 
 def _import_peft() -> Any:
@@ -211,24 +218,21 @@ def _has_idle(model: nn.Module) -> bool:
 
 
 def _targets(model: nn.Module, names: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Those of the names that linear layers have, and those of parameters. Short, unless an idle module has them."""
-    modules = dict.fromkeys(
-        short
+    """Those of the names that linear layers have, and those of parameters: whole, where an idle module has them too."""
+    linear = [
+        f".{_plain_name(name)}"
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not _IDLE.search(name)
-        for short in names
-        if f".{_plain_name(name)}".endswith(f".{short}")
-    )
-    full = [
-        (name, short)
+    ]
+    modules = [short for short in names if any(name.endswith(f".{short}") for name in linear)]
+    routed = {
+        name: short
         for name in map(_plain_name, dict(model.named_parameters()))
         if not _IDLE.search(name)
         for short in _ROUTED
         if short in names and f".{name}".endswith(f".{short}")
-    ]
-    if _has_idle(model):
-        return list(modules), [name for name, _ in full]
-    return list(modules), list(dict.fromkeys(short for _, short in full))
+    }
+    return modules, list(routed) if _has_idle(model) else list(dict.fromkeys(routed.values()))
 
 
 def _exclude(given: Any) -> str:
@@ -261,53 +265,29 @@ def _adapted(base: nn.Module, adapter_name: str) -> Iterator[str]:
 
 def _would_match(model: nn.Module, config: LoraConfig) -> Iterator[str]:
     """Names of the weights that PEFT would adapt."""
-    import copy
-
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 
     config = _maybe_include_all_linear_layers(copy.copy(config), model)
     for name, module in model.named_modules():
         found = check_target_module_exists(config, name) if config.target_modules and name else False
-        # PEFT refuses a block of layers by its name alone, which has no weight of its own.
-        if (found is True or _matches(found)) and getattr(module, "weight", None) is not None:
+        # It answers with True or a match, or falsely with a mark for what is excluded; and it refuses a block of layers
+        # by its name alone, which has no weight of its own.
+        if (found is True or isinstance(found, re.Match)) and getattr(module, "weight", None) is not None:
             yield f"{name}.weight"
         for parameter, _ in module.named_parameters(recurse=False):
             if any(f".{name}.{parameter}".endswith(f".{target}") for target in config.target_parameters or ()):
                 yield f"{name}.{parameter}"
 
 
-def _matches(result: Any) -> bool:
-    """PEFT answers with a match of a regular expression, True, or falsely with a mark for what is excluded."""
-    return isinstance(result, re.Match)
-
-
-def _coverage(base: nn.Module, adapted: Iterable[str], config: LoraConfig, trained: int) -> LoraCoverage:
-    adapted = list(adapted)
-    sizes: dict[str, int] = {}
-    first: dict[int, str] = {}
-    same: dict[str, str] = {}  # a tied weight's other names -> the one that it is counted under
-    kinds: dict[int, str] = {}
-    for name, parameter in base.named_parameters(remove_duplicate=False):
-        if ".lora_" in name or ".modules_to_save." in name:
-            continue
-        name = _plain_name(name).replace(".original_module", "")
-        if first.setdefault(id(parameter), name) == name:
-            sizes[name] = parameter.numel()
-        else:
-            same[name] = first[id(parameter)]
-    for name, module in base.named_modules():
-        if (kind := getattr(module, "block_type", None)) and not _IDLE.search(name):
-            kinds[int(_LAYER.search(f"{name}.").group(1))] = kind  # type: ignore[union-attr]
-    for name, module in base.named_modules():
-        weights = getattr(module, "weights", None)  # what packed integers stand for
-        if callable(weights):
-            for weight, shape in weights().items():
-                sizes[f"{_plain_name(name)}.{weight}"] = _product(shape)
-                for extra in ("_scale", "_scale_2"):
-                    sizes.pop(f"{_plain_name(name)}.{weight}{extra}", None)
-    idle = [name for name in adapted if _IDLE.search(name)]
-    used = [name for name in adapted if not _IDLE.search(name)]
+def _coverage(base: nn.Module, adapted: list[str], config: LoraConfig, trained: int) -> LoraCoverage:
+    sizes, same = _sizes(base)
+    kinds = {
+        int(_LAYER.search(f"{name}.").group(1)): kind  # type: ignore[union-attr]
+        for name, module in base.named_modules()
+        if (kind := getattr(module, "block_type", None)) and not _IDLE.search(name)
+    }
     counts = dict.fromkeys(sorted(kinds), 0)
+    used = [name for name in adapted if not _IDLE.search(name)]
     for name in used:
         if (layer := _LAYER.search(name)) and int(layer.group(1)) in counts:
             counts[int(layer.group(1))] += 1
@@ -317,15 +297,32 @@ def _coverage(base: nn.Module, adapted: Iterable[str], config: LoraConfig, train
         parameters=sum(size for name, size in sizes.items() if not _IDLE.search(name)),
         trained_parameters=trained,
         unmatched=tuple(_unmatched(config, adapted)),
-        idle=tuple(idle),
+        idle=tuple(name for name in adapted if _IDLE.search(name)),
     )
 
 
-def _product(shape: Iterable[int]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
+def _sizes(base: nn.Module) -> tuple[dict[str, int], dict[str, str]]:
+    """The base model's weights: name -> number of elements, packed ones as what they stand for; and a tied weight's
+    other names -> the one that it is counted under."""
+    sizes: dict[str, int] = {}
+    first: dict[int, str] = {}
+    same: dict[str, str] = {}
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        if ".lora_" in name or ".modules_to_save." in name:
+            continue
+        name = _plain_name(name).replace(".original_module", "")
+        if first.setdefault(id(parameter), name) == name:
+            sizes[name] = parameter.numel()
+        else:
+            same[name] = first[id(parameter)]
+    for name, module in base.named_modules():
+        weights = getattr(module, "weights", None)
+        for weight, shape in weights().items() if callable(weights) else ():
+            weight = f"{_plain_name(name)}.{weight}"
+            sizes[weight] = math.prod(shape)
+            for extra in ("_scale", "_scale_2"):
+                sizes.pop(weight + extra, None)
+    return sizes, same
 
 
 def _unmatched(config: LoraConfig, adapted: list[str]) -> Iterator[str]:
