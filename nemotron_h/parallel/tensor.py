@@ -38,7 +38,7 @@ from ..configuration import NemotronHConfig
 from .fsdp import fsdp_plan
 
 if TYPE_CHECKING:
-    _Base = PreTrainedModel
+    from transformers import PreTrainedModel as _Base
 else:
     _Base = object
 
