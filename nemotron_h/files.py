@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +29,27 @@ def atomic_write(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_folder(dest: Path) -> Iterator[Path]:
+    """A new folder beside `dest`; it becomes `dest` at the end, in the place of an empty one, or is removed.
+
+    Raises:
+        OSError: it cannot be written; where the disk is full, that sentence.
+    """
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent))
+    try:
+        with said_if_full(dest):
+            yield folder
+        folder.chmod(0o755)
+        if dest.exists():
+            dest.rmdir()
+        folder.rename(dest)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
         raise
 
 

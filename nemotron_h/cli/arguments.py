@@ -1,9 +1,7 @@
-"""What several commands share: options, and which model a name means."""
+"""What several commands share of their arguments: options, and which model a name means."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 import sys
@@ -13,8 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 if TYPE_CHECKING:
     from ..generation.chat import Chat
@@ -27,6 +23,16 @@ DtypeOption = Annotated[
     str, typer.Option(help="auto (as stored), bfloat16, float16, float32 or float64.", metavar="DTYPE")
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", metavar="DEVICE")]
+ThinkOption = Annotated[bool, typer.Option("--think/--no-think", help="Reason before the answer, or not.")]
+SystemOption = Annotated[str | None, typer.Option(help="A system text.")]
+MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Stop an answer after this many tokens.")]
+TemperatureOption = Annotated[float | None, typer.Option(min=0.0, help="Sample; 0 is greedy.")]
+TopPOption = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest mass.")]
+TopKOption = Annotated[int | None, typer.Option(min=1, help="Sample from the k likeliest tokens.")]
+GreedyOption = Annotated[
+    bool, typer.Option("--greedy", help="Always take the likeliest token.  [default: as the model's config says]")
+]
+SeedOption = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
@@ -92,19 +98,6 @@ def quiet(progress: bool = False) -> None:
         logging.disable_progress_bar()
 
 
-def echo_json(facts: dict[str, Any]) -> None:
-    """One JSON object in a line; what is no number there, as infinity, is null."""
-    typer.echo(json.dumps(_finite(facts), ensure_ascii=False))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def load_chat(name: str | None, dtype: str, device: str) -> Chat:
     """The model with its tokenizer, and transformers kept quiet."""
     path, local = find_model(name)
@@ -135,48 +128,6 @@ def decoded(written: bytes, what: str) -> str:
     return check_text(text.replace("\r\n", "\n").replace("\r", "\n"), what)
 
 
-@contextmanager
-def prefill_shown() -> Iterator[None]:
-    """How far a long prompt is, on a terminal's stderr and only as long as that takes; nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from ..generation.chunked_prefill import watched
-
-    columns = (TextColumn("prompt"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task("")
-
-    def show(done: int, total: int) -> None:
-        bar.update(task, completed=done, total=total)
-        if done < total:
-            bar.start()
-        else:
-            bar.stop()
-
-    with watched(show):
-        try:
-            yield
-        finally:
-            bar.stop()
-
-
-def show(console: Console, text: str, style: str = "") -> None:
-    """Print a piece of a model's text: as it is, no markup, no line end, wrapped by the terminal."""
-    console.print(Text(text, style=style), end="", soft_wrap=True)
-
-
-def size(nbytes: float) -> str:
-    """Bytes in the unit that leaves three or four digits."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(nbytes) < 1024:
-            return f"{nbytes:,.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.2f} GiB"
-
-
 def parse_size(text: str) -> int:
     """'22GiB', '24 GB' or a plain number of bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, flags=re.IGNORECASE)
@@ -184,3 +135,22 @@ def parse_size(text: str) -> int:
         raise ValueError(f"{text!r} is not a size of memory; write it like 22GiB, 24GB or 25769803776.")
     number, prefix, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
+
+
+def sampling_arguments(
+    greedy: bool, temperature: float | None, top_p: float | None, top_k: int | None
+) -> dict[str, Any]:
+    """The options as `generate()` takes them; with none of them, the model's own generation config decides."""
+    given = {
+        name: value
+        for name, value in {"temperature": temperature, "top_p": top_p, "top_k": top_k}.items()
+        if value is not None
+    }
+    if greedy and given:
+        raise ValueError(
+            f"--greedy does not go with --{' and --'.join(given).replace('_', '-')}; leave one of them out."
+        )
+    if greedy or temperature == 0:
+        # the model's own sampling settings would only raise a warning that they are not used
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {"do_sample": True, **given} if given else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,8 +9,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from .arguments import DeviceOption, DtypeOption, ModelOption, decoded, load_chat, parse_size, prefill_shown, size
-from .generate import sampling_arguments, streamer_for
+from .arguments import (
+    DeviceOption,
+    DtypeOption,
+    GreedyOption,
+    MaxNewTokensOption,
+    ModelOption,
+    SeedOption,
+    SystemOption,
+    TemperatureOption,
+    ThinkOption,
+    TopKOption,
+    TopPOption,
+    decoded,
+    load_chat,
+    parse_size,
+    sampling_arguments,
+)
+from .output import echo_json, prefill_shown, remarks, size, streamer_for
 
 if TYPE_CHECKING:
     from ..generation.conversation import Conversation, Turn
@@ -26,16 +41,14 @@ EXAMPLE = "Example: nemotron-h chat --no-think"
 
 def run(
     model: ModelOption = None,
-    think: Annotated[bool, typer.Option("--think/--no-think", help="Reason before the answer, or not.")] = True,
-    system: Annotated[str | None, typer.Option(help="A system text.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop an answer after this many tokens.")] = 512,
-    temperature: Annotated[float | None, typer.Option(min=0.0, help="Sample; 0 is greedy.")] = None,
-    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest mass.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k likeliest tokens.")] = None,
-    greedy: Annotated[
-        bool, typer.Option("--greedy", help="Always take the likeliest token.  [default: as the model's config says]")
-    ] = False,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    think: ThinkOption = True,
+    system: SystemOption = None,
+    max_new_tokens: MaxNewTokensOption = 512,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    greedy: GreedyOption = False,
+    seed: SeedOption = None,
     cache_size: Annotated[str, typer.Option(metavar="BYTES", help="Memory for kept states, as 2GiB.")] = "2GiB",
     cache_folder: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Keep states there too; the next conversation finds them.")
@@ -127,11 +140,10 @@ def _turn(conversation: Conversation, text: str, sampling: dict[str, Any], notes
         notes.print("\nStopped; this turn is not part of the conversation.", style="yellow")
         return
     if as_json:
-        typer.echo(json.dumps(_as_dict(turn), ensure_ascii=False))
+        echo_json(_as_dict(turn))
         return
     reply = turn.reply
-    if not reply.finished:
-        notes.print(f"Cut off after {reply.tokens} tokens; --max-new-tokens raises the limit.", style="yellow")
+    remarks(reply, notes)
     notes.print(
         f"{reply.tokens} tokens in {reply.seconds:.2f} s after {turn.prompt_tokens}, {turn.reused} of them kept",
         style="dim",

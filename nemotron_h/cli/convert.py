@@ -15,7 +15,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .arguments import JsonOption, parse_size, size
+from .arguments import JsonOption, parse_size
+from .output import size
 
 if TYPE_CHECKING:
     from ..checkpoints.tensors import Plan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .arguments import DeviceOption, JsonOption, ModelOption, load_chat, show, size
+from .arguments import DeviceOption, JsonOption, MaxNewTokensOption, ModelOption, load_chat
+from .output import echo_json, number_table, show, size
 
 if TYPE_CHECKING:
     from ..generation.chat import Reply
@@ -63,7 +63,7 @@ def run(
     ] = False,
     seed: Annotated[int, typer.Option(help="Which problems are drawn.")] = 0,
     model: ModelOption = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop an answer after this many tokens.")] = 512,
+    max_new_tokens: MaxNewTokensOption = 512,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -97,7 +97,7 @@ def run(
     memory = peak_memory(chat.model)
     if as_json:
         result = {"reasoning": tallies[True].as_dict(), "no_reasoning": tallies[False].as_dict()}
-        typer.echo(json.dumps({**result, "peak_memory_bytes": memory}, ensure_ascii=False))
+        echo_json({**result, "peak_memory_bytes": memory})
         return
     console.print(_summary(list(tallies.values())))
     what = "GPU memory" if chat.model.device.type == "cuda" else "memory of the process, torch included"
@@ -126,9 +126,7 @@ def _reasoning_shown(console: Console, chat: Any) -> Any:
 
 
 def _summary(tallies: list[Tally]) -> Table:
-    table = Table("", "right", "accuracy", "tokens", "tokens/s")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = number_table("", "right", "accuracy", "tokens", "tokens/s")
     for tally in tallies:
         table.add_row(
             tally.title,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .arguments import JsonOption
+from .output import echo_json
 
 if TYPE_CHECKING:
     from ..inspection.readers import Verdict
@@ -48,7 +48,7 @@ def run(
             }
             for each in verdicts
         ]
-        typer.echo(json.dumps({"folder": str(folder), "readers": readers, "healthy": not refused}, ensure_ascii=False))
+        echo_json({"folder": str(folder), "readers": readers, "healthy": not refused})
     else:
         _print(verdicts, installed, refused)
     if refused:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -10,7 +9,24 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .arguments import DeviceOption, DtypeOption, JsonOption, ModelOption, decoded, load_chat, prefill_shown, show
+from .arguments import (
+    DeviceOption,
+    DtypeOption,
+    GreedyOption,
+    JsonOption,
+    MaxNewTokensOption,
+    ModelOption,
+    SeedOption,
+    SystemOption,
+    TemperatureOption,
+    ThinkOption,
+    TopKOption,
+    TopPOption,
+    decoded,
+    load_chat,
+    sampling_arguments,
+)
+from .output import echo_json, prefill_shown, remarks, streamer_for
 
 NAME = "generate"
 HELP = "Ask a model, and watch it think and answer. Models without a chat template continue the text."
@@ -20,16 +36,14 @@ EXAMPLE = 'Example: nemotron-h generate "Anna has 12 apples. She buys 7 more. Ho
 def run(
     prompt: Annotated[str, typer.Argument(help="The question, or - to read it from standard input.")],
     model: ModelOption = None,
-    think: Annotated[bool, typer.Option("--think/--no-think", help="Reason before the answer, or not.")] = True,
-    system: Annotated[str | None, typer.Option(help="A system text.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 512,
-    temperature: Annotated[float | None, typer.Option(min=0.0, help="Sample; 0 is greedy.")] = None,
-    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest mass.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k likeliest tokens.")] = None,
-    greedy: Annotated[
-        bool, typer.Option("--greedy", help="Always take the likeliest token.  [default: as the model's config says]")
-    ] = False,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    think: ThinkOption = True,
+    system: SystemOption = None,
+    max_new_tokens: MaxNewTokensOption = 512,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    greedy: GreedyOption = False,
+    seed: SeedOption = None,
     prompt_lookup: Annotated[
         int | None, typer.Option(min=1, help="Draft so many tokens from the text itself; the model checks them.")
     ] = None,
@@ -85,10 +99,9 @@ def run(
         )
     if as_json:
         result = {**asdict(reply), "tokens_per_second": round(reply.tokens_per_second, 2)}
-        typer.echo(json.dumps(result, ensure_ascii=False))
+        echo_json(result)
         return
-    if not reply.finished:
-        notes.print(f"Cut off after {reply.tokens} tokens; --max-new-tokens raises the limit.", style="yellow")
+    remarks(reply, notes)
     notes.print(f"{reply.tokens} tokens in {reply.seconds:.2f} s, {reply.tokens_per_second:.1f} tokens/s", style="dim")
     if (found := reply.speculation) is not None:
         kept = f"{found['accepted']} of {found['drafted']} drafted tokens kept ({found['acceptance_rate']:.0%})"
@@ -109,39 +122,3 @@ def draft_arguments(
     if mtp:
         return {"use_mtp": True} | ({} if mtp_tokens is None else {"num_assistant_tokens": mtp_tokens})
     return {}
-
-
-def sampling_arguments(
-    greedy: bool, temperature: float | None, top_p: float | None, top_k: int | None
-) -> dict[str, Any]:
-    """The options as `generate()` takes them; with none of them, the model's own generation config decides."""
-    given = {
-        name: value
-        for name, value in {"temperature": temperature, "top_p": top_p, "top_k": top_k}.items()
-        if value is not None
-    }
-    if greedy and given:
-        raise ValueError(
-            f"--greedy does not go with --{' and --'.join(given).replace('_', '-')}; leave one of them out."
-        )
-    if greedy or temperature == 0:
-        # the model's own sampling settings would only raise a warning that they are not used
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return {"do_sample": True, **given} if given else {}
-
-
-def streamer_for(console: Console, chat: Any) -> Any:
-    """A streamer that shows the reasoning dimmed, then a blank line, then the answer."""
-    from ..generation.reasoning import ReasoningStreamer
-
-    class Streamer(ReasoningStreamer):
-        def on_text(self, kind: str, text: str) -> None:
-            if kind == "answer" and self.reasoning and self.answer == text:
-                console.print("\n")
-            show(console, text, "dim" if kind == "reasoning" else "")
-
-        def on_end(self) -> None:
-            console.print()
-
-    # A model without a template continues a text: whatever markers that text has are text too.
-    return Streamer(chat.tokenizer, started=None if chat.has_template else False)

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .arguments import JsonOption, find_model, hub_named, parse_size, size
+from .arguments import JsonOption, find_model, hub_named, parse_size
+from .output import size
 
 if TYPE_CHECKING:
     from ..configuration import NemotronHConfig

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .arguments import DeviceOption, DtypeOption, JsonOption, decoded, echo_json, load_chat
+from .arguments import DeviceOption, DtypeOption, JsonOption, decoded, load_chat
+from .output import echo_json
 
 if TYPE_CHECKING:
     from ..inspection.recording import Recording

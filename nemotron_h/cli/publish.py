@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from .arguments import JsonOption, echo_json, hub_named, quiet
+from .arguments import JsonOption, hub_named, quiet
+from .output import echo_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from .arguments import JsonOption, find_model, hub_named, size
+from .arguments import JsonOption, find_model, hub_named, quiet
+from .output import echo_json, size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +50,7 @@ def run(
     with hub_named(path, local):
         config = _read_config(path, local)
     if include_lm_head and config.tie_word_embeddings:
-        raise ValueError(f"The head of {path} is its embedding table, which is not quantised; drop --include-lm-head.")
+        raise ValueError(f"The head of {path} is its embedding table, which is not quantized; drop --include-lm-head.")
     before, after = weight_bytes(config, wanted)
     facts: dict[str, Any] = {"source": path, "to": to, "bytes_before": before, "bytes_after": after}
     if not dry_run:
@@ -64,7 +60,7 @@ def run(
             if logits is not None:
                 facts |= _compare(path, local, logits)
     if as_json:
-        typer.echo(json.dumps(facts, ensure_ascii=False))
+        echo_json(facts)
     else:
         _print(facts)
 
@@ -79,44 +75,26 @@ def _read_config(path: str, local: bool) -> NemotronHConfig:
     config: NemotronHConfig = NemotronHConfig.from_dict(fields)
     if stored := fields.get("quantization_config"):
         method = stored.get("quant_method")
-        raise ValueError(f"{path} is quantised already ({method}); name the checkpoint that it was made from.")
+        raise ValueError(f"{path} is quantized already ({method}); name the checkpoint that it was made from.")
     if local:
         check_source(path, {"config": config})
     return config
 
 
 def _write(path: str, local: bool, dest: Path, wanted: NemotronHQuantizationConfig, vocab_size: int) -> Tensor | None:
-    """Quantise while loading, write beside `dest`, and give it its name when it is whole; the logits of the check."""
+    """Quantize while loading, then write; the logits of the check."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    from ..files import said_if_full
+    from ..files import atomic_folder
 
-    with _whole_or_nothing(dest) as folder:
-        model = AutoModelForCausalLM.from_pretrained(path, quantization_config=wanted, local_files_only=local)
-        files = _files(path, local)
-        with said_if_full(dest):
-            model.save_pretrained(folder)
-            for file in files:
-                shutil.copy2(file, folder / file.name)
+    quiet(progress=True)
+    model = AutoModelForCausalLM.from_pretrained(path, quantization_config=wanted, local_files_only=local)
+    files = _files(path, local)
+    with atomic_folder(dest) as folder:
+        model.save_pretrained(folder)
+        for file in files:
+            shutil.copy2(file, folder / file.name)
     return _logits(model, vocab_size) if vocab_size else None
-
-
-@contextmanager
-def _whole_or_nothing(dest: Path) -> Iterator[Path]:
-    """A folder beside `dest` that becomes it at the end, and is gone if that is not reached."""
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{dest.name}-", dir=dest.parent))
-    try:
-        yield folder
-        folder.chmod(0o755)
-        folder.rename(dest)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _files(path: str, local: bool) -> list[Path]:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from .arguments import JsonOption, check_dtype, echo_json, quiet
+from .arguments import JsonOption, check_dtype, quiet
+from .output import echo_json, number_table
 
 if TYPE_CHECKING:
     from ..inspection.comparison import Comparison
@@ -148,9 +148,7 @@ def _tokens(folders: list[Path], number: int, text: str | None, reference: Path)
 
 def _print(found: Comparison, facts: dict[str, Any]) -> None:
     console = Console(highlight=False)
-    table = Table("", "largest difference", "over the largest value")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = number_table("", "largest difference", "over the largest value")
     for row in found.rows:
         bad = not row.difference <= found.tolerance
         table.add_row(

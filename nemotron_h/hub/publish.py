@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import HfApi, metadata_load
 
 from ..checkpoints.writing import check_free
-from ..files import atomic_write, said_if_full
+from ..files import atomic_folder, atomic_write, said_if_full
 from .card import is_hub_id, model_card, task_of
 
 if TYPE_CHECKING:
@@ -99,20 +99,19 @@ def publish(
         "licensed": licensed,
     }
     card = model_card(model, name, **about)
+
+    def write(folder: Path) -> None:
+        _write(model, inner, folder, tokenizer, base_model if adapter else None)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
     if not to_hub:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    beside = None if to_hub else target.parent
-    with tempfile.TemporaryDirectory(prefix=f".{name.split('/')[-1]}.", dir=beside) as scratch:
-        folder = Path(scratch) / "model"
-        with said_if_full(folder if to_hub else target):
-            _write(model, inner, folder, tokenizer, base_model if adapter else None)
-            (folder / "README.md").write_text(card, encoding="utf-8")
-        if to_hub:
-            return _upload(folder, str(where), private, token, commit_message)
-        if target.exists():
-            target.rmdir()
-        folder.rename(target)
+        with atomic_folder(target) as folder:
+            write(folder)
         return str(where)
+    with tempfile.TemporaryDirectory() as scratch:
+        with said_if_full(Path(scratch)):
+            write(Path(scratch))
+        return _upload(Path(scratch), str(where), private, token, commit_message)
 
 
 def _inner(model: Any, adapter: bool) -> Any:
