@@ -1,4 +1,4 @@
-"""What a setting of a config may be: kinds of values, and how far sizes and counts are believed."""
+"""What a setting of a config may be: layers, kinds of values, and how far sizes and counts are believed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,19 @@ LARGEST_SIZE = 1 << 31
 MOST_LAYERS = 10_000
 MOST_EXPERTS = 1 << 18  # over all layers
 MOST_LABELS = 1 << 20  # transformers makes a name for each
+
+# The kinds of layer: published name -> (letter of the pattern, name that transformers' cache and mask code knows).
+LAYER_KINDS = {
+    "mamba": ("M", "linear_attention"),
+    "attention": ("*", "full_attention"),
+    "mlp": ("-", "mlp"),
+    "moe": ("E", "moe"),
+}
+_KIND_OF = {name: kind for kind, names in LAYER_KINDS.items() for name in (kind, *names)}
+_ALLOWED_LAYERS = ", ".join(f"{letter} ({kind})" for kind, (letter, _) in LAYER_KINDS.items())
+
+# Read as infinity: the largest float32, bfloat16 and float64, also where a writer rounded them.
+_AS_GOOD_AS_INFINITE = 3.3e38
 
 # What must hold where the model has such a layer ("" = always): positive integers, positive numbers, and multiples.
 _POSITIVE_INTEGERS = {
@@ -136,3 +149,55 @@ def check_sizes(config: Any, kinds: Sequence[str]) -> None:
                 f"{number} is {getattr(config, number)}, which {divisor} {getattr(config, divisor)} does not divide",
                 f"use a multiple of {divisor}",
             )
+
+
+def parse_layers(layers: str | Sequence[str], key: str = "hybrid_override_pattern") -> list[str]:
+    """The published layer names of a pattern such as `"M-M*|M-"` or of a list in any dialect's names or letters.
+
+    Raises `ValueError` that names the unknown layer, its position from 0, and what is allowed.
+    """
+    if not isinstance(layers, (str, list, tuple)):
+        fail(f"{key} is {shorten(layers)}", "give a pattern such as 'M-M*-' or a list of layer names")
+    if len(layers) > 2 * MOST_LAYERS:  # a pattern may have a boundary after each layer
+        fail(f"{key} has {len(layers)} layers", f"give at most {MOST_LAYERS}")
+    kinds = []
+    for position, layer in enumerate(layers):
+        if layer == "|" and isinstance(layers, str):  # Megatron's pipeline boundary; not a layer
+            continue
+        if not isinstance(layer, str) or layer not in _KIND_OF:
+            fail(
+                f"{key} has the unknown layer {shorten(layer)} at position {position} (from 0) of {shorten(layers)}",
+                f"use {_ALLOWED_LAYERS}",
+            )
+        kinds.append(_KIND_OF[layer])
+    if not kinds:
+        fail(f"{key} is {shorten(layers)}, which has no layers", f"give at least one of {_ALLOWED_LAYERS}")
+    return kinds
+
+
+def layers_to_pattern(layers: Sequence[str]) -> str:
+    """The pattern string, one letter per layer, of a list of published layer names."""
+    return "".join(LAYER_KINDS[layer][0] for layer in layers)
+
+
+def _read_float(value: Any) -> float:
+    """A float in any of the spellings that were published, `{"__float__": "Infinity"}` and the string among them."""
+    if isinstance(value, dict) and set(value) == {"__float__"}:
+        value = value["__float__"]
+    if isinstance(value, bool):
+        raise TypeError("a bool is no bound")
+    number = float(value)
+    return math.copysign(math.inf, number) if abs(number) >= _AS_GOOD_AS_INFINITE else number
+
+
+def read_time_step_limit(value: Any) -> tuple[float, float]:
+    try:
+        low, high = (_read_float(bound) for bound in value)
+    except (TypeError, ValueError, OverflowError):
+        fail(
+            f"time_step_limit is {shorten(value)}", "give two numbers such as [0.0, 0.1], or leave it out for (0, inf)"
+        )
+    low = 0.0 if low == -math.inf else low  # softplus is positive: the same function
+    if not 0.0 <= low < high:  # NaN fails as well
+        fail(f"time_step_limit is {value!r}", "give two numbers with 0 <= lower < upper")
+    return low, high

@@ -18,6 +18,7 @@ from transformers.activations import ACT2FN
 
 from .config_values import (
     LARGEST_SIZE,
+    LAYER_KINDS,
     MOST_EXPERTS,
     MOST_LAYERS,
     check_for_library,
@@ -28,19 +29,12 @@ from .config_values import (
     check_sizes,
     is_bool,
     is_int,
+    layers_to_pattern,
+    parse_layers,
+    read_time_step_limit,
     shorten,
 )
 from .config_values import fail as _fail
-
-# The kinds of layer: published name -> (letter of the pattern, name that transformers' cache and mask code knows).
-LAYER_KINDS = {
-    "mamba": ("M", "linear_attention"),
-    "attention": ("*", "full_attention"),
-    "mlp": ("-", "mlp"),
-    "moe": ("E", "moe"),
-}
-_KIND_OF = {name: kind for kind, names in LAYER_KINDS.items() for name in (kind, *names)}
-_ALLOWED_LAYERS = ", ".join(f"{letter} ({kind})" for kind, (letter, _) in LAYER_KINDS.items())
 
 # The pattern of Nemotron-H-8B, whose dimensions are the defaults below.
 _DEFAULT_PATTERN = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
@@ -84,37 +78,6 @@ _MTP_KEYS = ("num_nextn_predict_layers", "mtp_layers_block_type", "mtp_hybrid_ov
 
 _SSM_DTYPES = ("float32", "float64", "bfloat16", "float16")
 _FLOAT32_MAX = 3.4028234663852886e38
-# Read as infinity: the largest float32, bfloat16 and float64, also where a writer rounded them.
-_AS_GOOD_AS_INFINITE = 3.3e38
-
-
-def parse_layers(layers: str | Sequence[str], key: str = "hybrid_override_pattern") -> list[str]:
-    """The published layer names of a pattern such as `"M-M*|M-"` or of a list in any dialect's names or letters.
-
-    Raises `ValueError` that names the unknown layer, its position from 0, and what is allowed.
-    """
-    if not isinstance(layers, (str, list, tuple)):
-        _fail(f"{key} is {shorten(layers)}", "give a pattern such as 'M-M*-' or a list of layer names")
-    if len(layers) > 2 * MOST_LAYERS:  # a pattern may have a boundary after each layer
-        _fail(f"{key} has {len(layers)} layers", f"give at most {MOST_LAYERS}")
-    kinds = []
-    for position, layer in enumerate(layers):
-        if layer == "|" and isinstance(layers, str):  # Megatron's pipeline boundary; not a layer
-            continue
-        if not isinstance(layer, str) or layer not in _KIND_OF:
-            _fail(
-                f"{key} has the unknown layer {shorten(layer)} at position {position} (from 0) of {shorten(layers)}",
-                f"use {_ALLOWED_LAYERS}",
-            )
-        kinds.append(_KIND_OF[layer])
-    if not kinds:
-        _fail(f"{key} is {shorten(layers)}, which has no layers", f"give at least one of {_ALLOWED_LAYERS}")
-    return kinds
-
-
-def layers_to_pattern(layers: Sequence[str]) -> str:
-    """The pattern string, one letter per layer, of a list of published layer names."""
-    return "".join(LAYER_KINDS[layer][0] for layer in layers)
 
 
 def _layers_property(slot: str, show: Callable[[list[str]], Any], doc: str) -> Any:
@@ -127,29 +90,6 @@ def _layers_property(slot: str, show: Callable[[list[str]], Any], doc: str) -> A
         self.__dict__[slot] = parse_layers(layers, slot)
 
     return property(fget, fset, doc=doc)
-
-
-def _read_float(value: Any) -> float:
-    """A float in any of the spellings that were published, `{"__float__": "Infinity"}` and the string among them."""
-    if isinstance(value, dict) and set(value) == {"__float__"}:
-        value = value["__float__"]
-    if isinstance(value, bool):
-        raise TypeError("a bool is no bound")
-    number = float(value)
-    return math.copysign(math.inf, number) if abs(number) >= _AS_GOOD_AS_INFINITE else number
-
-
-def _read_time_step_limit(value: Any) -> tuple[float, float]:
-    try:
-        low, high = (_read_float(bound) for bound in value)
-    except (TypeError, ValueError, OverflowError):
-        _fail(
-            f"time_step_limit is {shorten(value)}", "give two numbers such as [0.0, 0.1], or leave it out for (0, inf)"
-        )
-    low = 0.0 if low == -math.inf else low  # softplus is positive: the same function
-    if not 0.0 <= low < high:  # NaN fails as well
-        _fail(f"time_step_limit is {value!r}", "give two numbers with 0 <= lower < upper")
-    return low, high
 
 
 # Called once, when the first config exists: what the package puts off until then (importing its model classes).
@@ -275,7 +215,7 @@ class NemotronHConfig(PreTrainedConfig):
             given = {key: kwargs.pop(key, None) for key in aliases}
             given = {key: value for key, value in {name: getattr(self, name), **given}.items() if value is not None}
             if name == "time_step_limit":
-                given = {key: _read_time_step_limit(value) for key, value in given.items()}
+                given = {key: read_time_step_limit(value) for key, value in given.items()}
             (first, value), *others = given.items() or [(name, default)]
             for other, other_value in others:
                 if other_value != value:
@@ -430,7 +370,7 @@ class NemotronHConfig(PreTrainedConfig):
         It takes the place of transformers' generic checks, which do not know an "mlp" layer, and which call this again
         before a save.
         """
-        self.time_step_limit = _read_time_step_limit(self.time_step_limit)
+        self.time_step_limit = read_time_step_limit(self.time_step_limit)
         self.mamba_ssm_cache_dtype = str(self.mamba_ssm_cache_dtype).removeprefix("torch.")
         depths = self.num_nextn_predict_layers
         if not isinstance(depths, int) or isinstance(depths, bool) or depths < 0:
@@ -535,7 +475,7 @@ class NemotronHConfig(PreTrainedConfig):
         output["use_bias"] = output["mamba_proj_bias"] = bool(self.use_bias or self.mamba_proj_bias)
         if output.get("dtype") is not None:
             output["torch_dtype"] = output["dtype"]
-        low, high = _read_time_step_limit(self.time_step_limit)
+        low, high = read_time_step_limit(self.time_step_limit)
         # Left out where it is the default, as in every published file. A finite stand-in for infinity, as NVIDIA's own
         # conversion script writes it, because neither a bare Infinity nor {"__float__": ...} is read everywhere.
         output["time_step_limit"] = [low, min(high, _FLOAT32_MAX)]

@@ -1,7 +1,7 @@
 """What a Nemotron-H model weighs, from its config alone: parameters by kind, KV cache, Mamba states, memory.
 
-Pure arithmetic, no torch and no weights. Tensors and shapes are those of the published checkpoints; the totals equal
-the published ones exactly (8,888,227,328 for Nano-9B-v2). All sizes are in bytes.
+Pure arithmetic, no weights. Tensors and shapes are those of the published checkpoints; the totals equal the published
+ones exactly. All sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -10,14 +10,41 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .configuration import NemotronHConfig
 
-_DTYPE_BYTES = {
-    **dict.fromkeys(("float64", "int64"), 8),
-    **dict.fromkeys(("float32", "int32"), 4),
-    **dict.fromkeys(("bfloat16", "float16", "int16"), 2),
-    **dict.fromkeys(("float8_e4m3fn", "float8_e5m2", "int8", "uint8"), 1),
+Shape = tuple[int, ...]
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
+"""safetensors' names of the dtypes that checkpoints hold."""
+
+_DTYPE_BYTES = {str(dtype).removeprefix("torch."): dtype.itemsize for dtype in DTYPES.values()}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is known of a tensor before it is read."""
+
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def dtype_bytes(dtype: Any) -> int:

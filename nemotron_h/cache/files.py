@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from transformers.cache_utils import StaticLayer
 
 from .._version import __version__
-from ..checkpoints.tensors import DTYPES, Shape, Spec
 from ..files import atomic_write
+from ..sizes import DTYPES, Shape, Spec
 from .hybrid import GrowingLayer, MambaLayer, NemotronHCache, check_whole
 from .quantized import is_quantised
 

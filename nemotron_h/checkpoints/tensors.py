@@ -18,37 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..sizes import DTYPES, Shape, Spec
 from .foreign import plain, weight_map
 
-Shape = tuple[int, ...]
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""safetensors' names of the dtypes that checkpoints hold."""
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What is known of a tensor before it is read."""
-
-    shape: Shape
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+__all__ = ["DTYPES", "Entry", "Plan", "SafetensorsFolder", "Shape", "Spec", "Tensors", "narrowed"]
 
 
 class Tensors(Protocol):
