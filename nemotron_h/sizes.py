@@ -6,6 +6,7 @@ ones exactly. All sizes are in bytes.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -109,46 +110,59 @@ class Memory:
         return self.total <= gpu_bytes
 
 
-def _linear(inputs: int, outputs: int, bias: bool) -> int:
-    return inputs * outputs + (outputs if bias else 0)
+def layer_tensors(config: NemotronHConfig, kind: str, inner: int = 0) -> dict[str, Shape]:
+    """The published tensors of one layer, without its prefix; `*` stands for the number of the expert, which all are of
+    one shape. `inner` is the width of an MLP layer."""
+    h = config.hidden_size
+    shapes: dict[str, Shape] = {"norm.weight": (h,)}
 
+    def linear(name: str, outputs: int, inputs: int, bias: bool = False) -> None:
+        shapes[f"mixer.{name}.weight"] = (outputs, inputs)
+        if bias:
+            shapes[f"mixer.{name}.bias"] = (outputs,)
 
-def _mlp(config: NemotronHConfig, width: int, inner: int) -> int:
-    return _linear(width, inner, config.mlp_bias) + _linear(inner, width, config.mlp_bias)
+    def mlp(prefix: str, inner: int, width: int, bias: bool) -> None:
+        linear(f"{prefix}up_proj", inner, width, bias)
+        linear(f"{prefix}down_proj", width, inner, bias)
 
-
-def _mamba(config: NemotronHConfig) -> dict[str, int]:
-    h, bias = config.hidden_size, config.mamba_proj_bias
-    conv = config.conv_dim * (config.conv_kernel + (1 if config.use_conv_bias else 0))
-    per_head = 3 * config.mamba_num_heads  # A_log, D, dt_bias
-    projections = _linear(h, config.in_proj_size, bias) + _linear(config.d_inner, h, bias)
-    return {"mamba": projections + conv + per_head + config.d_inner}  # d_inner: the gated norm
-
-
-def _attention(config: NemotronHConfig) -> dict[str, int]:
-    h, bias = config.hidden_size, config.attention_bias
-    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    return {"attention": _linear(h, queries, bias) + 2 * _linear(h, keys, bias) + _linear(queries, h, bias)}
-
-
-def _moe(config: NemotronHConfig) -> dict[str, int]:
-    h, latent, experts = config.hidden_size, config.moe_latent_size, config.n_routed_experts
-    # An expert has no bias of its own: the published tensors are weights alone.
-    return {
-        "moe_routed": experts * 2 * (latent or h) * config.moe_intermediate_size,
-        "moe_shared": _mlp(config, h, config.moe_shared_expert_intermediate_size),
-        "moe_router": experts * (h + 1),
-        "moe_latent": _mlp(config, h, latent) if latent else 0,
-    }
-
-
-def _layer(config: NemotronHConfig, kind: str, layer_idx: int) -> dict[str, int]:
-    """Parameters of one layer by kind, its norm included."""
-    if kind == "mlp":
-        mixer = {"mlp": _mlp(config, config.hidden_size, config.mlp_intermediate_size(layer_idx))}
+    if kind == "mamba":
+        linear("in_proj", config.in_proj_size, h, config.mamba_proj_bias)
+        shapes["mixer.conv1d.weight"] = (config.conv_dim, 1, config.conv_kernel)
+        if config.use_conv_bias:
+            shapes["mixer.conv1d.bias"] = (config.conv_dim,)
+        shapes |= {f"mixer.{name}": (config.mamba_num_heads,) for name in ("dt_bias", "A_log", "D")}
+        shapes["mixer.norm.weight"] = (config.d_inner,)
+        linear("out_proj", h, config.d_inner, config.mamba_proj_bias)
+    elif kind == "attention":
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        for name, outputs, inputs in (("q", queries, h), ("k", keys, h), ("v", keys, h), ("o", h, queries)):
+            linear(f"{name}_proj", outputs, inputs, config.attention_bias)
+    elif kind == "mlp":
+        mlp("", inner, h, config.mlp_bias)
     else:
-        mixer = {"mamba": _mamba, "attention": _attention, "moe": _moe}[kind](config)
-    return {**mixer, "norms": config.hidden_size}
+        shapes["mixer.gate.weight"] = (config.n_routed_experts, h)
+        shapes["mixer.gate.e_score_correction_bias"] = (config.n_routed_experts,)
+        mlp("experts.*.", config.moe_intermediate_size, config.moe_latent_size or h, False)
+        mlp("shared_experts.", config.moe_shared_expert_intermediate_size, h, config.mlp_bias)
+        if latent := config.moe_latent_size:
+            linear("fc1_latent_proj", latent, h, config.mlp_bias)
+            linear("fc2_latent_proj", h, latent, config.mlp_bias)
+    return shapes
+
+
+_PARTS = {"norm.": "norms", "mixer.experts.": "moe_routed", "mixer.shared_experts.": "moe_shared"}
+_PARTS |= {"mixer.gate.": "moe_router", "mixer.fc1_": "moe_latent", "mixer.fc2_": "moe_latent"}
+"""Which parameters count as something else than the kind of their layer."""
+
+
+def _layer(config: NemotronHConfig, kind: str, layer_idx: int) -> Counter[str]:
+    """Parameters of one layer by kind, its norm included."""
+    counts: Counter[str] = Counter()
+    inner = config.mlp_intermediate_size(layer_idx) if kind == "mlp" else 0
+    for name, shape in layer_tensors(config, kind, inner).items():
+        part = next((part for start, part in _PARTS.items() if name.startswith(start)), kind)
+        counts[part] += math.prod(shape) * (config.n_routed_experts if part == "moe_routed" else 1)
+    return counts
 
 
 def count_parameters(config: NemotronHConfig) -> Parameters:

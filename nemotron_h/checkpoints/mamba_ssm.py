@@ -73,6 +73,20 @@ _ATTENTION: dict[str, Any] = {
     "d_conv": 0,
     "rotary_emb_dim": 0,
 }
+# Of `ssm_cfg`, where both sides say the same thing.
+_SSM_NAMES = {
+    "d_state": "ssm_state_size",
+    "d_conv": "conv_kernel",
+    "expand": "expand",
+    "headdim": "mamba_head_dim",
+    "ngroups": "n_groups",
+    "dt_min": "time_step_min",
+    "dt_max": "time_step_max",
+    "dt_init_floor": "time_step_floor",
+    "bias": "mamba_proj_bias",
+    "conv_bias": "use_conv_bias",
+    "chunk_size": "chunk_size",
+}
 # Of initialisation, of kernels, or of something that is refused where it is there.
 _WITHOUT_EFFECT = {
     "ssm_cfg": ("conv_init", "A_init_range", "use_mem_eff_path", "process_group", "sequence_parallel"),
@@ -285,21 +299,9 @@ class MambaSsmFolder:
             "residual_in_fp32": bool(fields.get("residual_in_fp32", True)),
             "layer_norm_epsilon": EPSILON,
             "mamba_num_heads": ssm["expand"] * width // ssm["headdim"],
-            "mamba_head_dim": ssm["headdim"],
-            "n_groups": ssm["ngroups"],
-            "ssm_state_size": ssm["d_state"],
-            "conv_kernel": ssm["d_conv"],
-            "use_conv_bias": ssm["conv_bias"],
-            "use_bias": ssm["bias"],
-            "chunk_size": ssm["chunk_size"],
-            "expand": ssm["expand"],
-            "time_step_min": ssm["dt_min"],
-            "time_step_max": ssm["dt_max"],
-            "time_step_floor": ssm["dt_init_floor"],
+            **{ours: ssm[theirs] for theirs, ours in _SSM_NAMES.items()},
             "time_step_limit": tuple(ssm["dt_limit"]),
-            "pad_token_id": None,
-            "bos_token_id": None,
-            "eos_token_id": None,
+            **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
         }
         if "attention" in kinds:
             settings |= self._attention_settings(width)
@@ -384,19 +386,8 @@ def mamba_ssm_config(config: NemotronHConfig, path: Path) -> dict[str, Any]:
                 f"has {config.d_inner} Mamba channels at hidden_size {config.hidden_size}",
                 "mamba-ssm has a whole multiple of it (expand)",
             )
-        ssm |= {
-            "d_state": config.ssm_state_size,
-            "d_conv": config.conv_kernel,
-            "expand": config.d_inner // config.hidden_size,
-            "headdim": config.mamba_head_dim,
-            "ngroups": config.n_groups,
-            "dt_min": config.time_step_min,
-            "dt_max": config.time_step_max,
-            "dt_init_floor": config.time_step_floor,
-            "bias": bool(config.use_bias or config.mamba_proj_bias),
-            "conv_bias": config.use_conv_bias,
-            "chunk_size": config.chunk_size,
-        }
+        ssm |= {theirs: getattr(config, ours) for theirs, ours in _SSM_NAMES.items()}
+        ssm["expand"] = config.d_inner // config.hidden_size  # the config's own need not be so
         if tuple(config.time_step_limit) != (0.0, math.inf):
             ssm["dt_limit"] = list(config.time_step_limit)
     attention: dict[str, Any] = {}

@@ -103,42 +103,15 @@ def _width(config: NemotronHConfig) -> int:
 
 
 def _layer(config: NemotronHConfig, prefix: str, kind: str, inner: int) -> dict[str, Shape]:
-    h, mixer = config.hidden_size, prefix + "mixer."
-    shapes: dict[str, Shape] = {prefix + "norm.weight": (h,)}
-
-    def linear(name: str, outputs: int, inputs: int, bias: bool = False) -> None:
-        shapes[f"{mixer}{name}.weight"] = (outputs, inputs)
-        if bias:
-            shapes[f"{mixer}{name}.bias"] = (outputs,)
-
-    if kind == "mamba":
-        linear("in_proj", config.in_proj_size, h, config.mamba_proj_bias)
-        shapes[mixer + "conv1d.weight"] = (config.conv_dim, 1, config.conv_kernel)
-        if config.use_conv_bias:
-            shapes[mixer + "conv1d.bias"] = (config.conv_dim,)
-        shapes |= {mixer + name: (config.mamba_num_heads,) for name in ("dt_bias", "A_log", "D")}
-        shapes[mixer + "norm.weight"] = (config.d_inner,)
-        linear("out_proj", h, config.d_inner, config.mamba_proj_bias)
-    elif kind == "attention":
-        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        for name, outputs, inputs in (("q", queries, h), ("k", keys, h), ("v", keys, h), ("o", h, queries)):
-            linear(f"{name}_proj", outputs, inputs, config.attention_bias)
-    elif kind == "mlp":
-        linear("up_proj", inner, h, config.mlp_bias)
-        linear("down_proj", h, inner, config.mlp_bias)
-    else:
-        width, inner = config.moe_latent_size or h, config.moe_intermediate_size
-        shapes[mixer + "gate.weight"] = (config.n_routed_experts, h)
-        shapes[mixer + "gate.e_score_correction_bias"] = (config.n_routed_experts,)
-        for expert in range(config.n_routed_experts):
-            linear(f"experts.{expert}.up_proj", inner, width)
-            linear(f"experts.{expert}.down_proj", width, inner)
-        shared = config.moe_shared_expert_intermediate_size
-        linear("shared_experts.up_proj", shared, h, config.mlp_bias)
-        linear("shared_experts.down_proj", h, shared, config.mlp_bias)
-        if config.moe_latent_size:
-            linear("fc1_latent_proj", width, h, config.mlp_bias)
-            linear("fc2_latent_proj", h, width, config.mlp_bias)
+    layer = sizes.layer_tensors(config, kind, inner)
+    expert = {name: shape for name, shape in layer.items() if "*" in name}
+    shapes: dict[str, Shape] = {}
+    for name, shape in layer.items():
+        if name not in expert:
+            shapes[prefix + name] = shape
+        elif name == next(iter(expert)):  # one expert after the other
+            for index in range(config.n_routed_experts):
+                shapes |= {prefix + one.replace("*", str(index)): of_one for one, of_one in expert.items()}
     return shapes
 
 

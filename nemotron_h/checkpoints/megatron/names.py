@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from ...configuration import NemotronHConfig
+from ..published import tensors
 from ..tensors import Shape
 
 TENSOR_PARALLEL = (1, 2, 4, 8)
@@ -72,91 +73,80 @@ class Weight:
 
 def weights(config: NemotronHConfig, padded_vocab: int | None = None) -> list[Weight]:
     """Every tensor of a Megatron model with this config, its embeddings padded to `padded_vocab` rows."""
-    h, vocab = config.hidden_size, padded_vocab or config.vocab_size
-    table = [
-        Weight(("embedding.word_embeddings.weight",), (vocab, h), ("backbone.embeddings.weight",), axis=0, vocab=True)
-    ]
+    shapes = tensors(config)
+    vocab = (padded_vocab or config.vocab_size, config.hidden_size)
+
+    def one(names: str | tuple[str, ...], of: str, axis: int | None = None) -> Weight:
+        return Weight((names,) if isinstance(names, str) else names, shapes[of], (of,), axis)
+
+    table = [Weight(("embedding.word_embeddings.weight",), vocab, ("backbone.embeddings.weight",), 0, vocab=True)]
     for index, kind in enumerate(config.layers_block_type):
-        inner = config.mlp_intermediate_size(index) if kind == "mlp" else 0
-        table += _layer(config, f"decoder.layers.{index}.", f"backbone.layers.{index}.", kind, inner)
-    final = ("decoder.final_norm.weight", "decoder.final_layernorm.weight")
-    table.append(Weight(final, (h,), ("backbone.norm_f.weight",)))
+        table += _layer(config, shapes, f"decoder.layers.{index}.", f"backbone.layers.{index}.", kind)
+    table.append(one(("decoder.final_norm.weight", "decoder.final_layernorm.weight"), "backbone.norm_f.weight"))
     if not config.tie_word_embeddings:
-        table.append(Weight(("output_layer.weight",), (vocab, h), ("lm_head.weight",), axis=0, vocab=True))
-    if config.has_mtp:
-        kinds = config.mtp_layers_block_type
-        for depth in range(config.num_nextn_predict_layers):
-            outer, first = f"mtp.layers.{depth}.", depth * len(kinds)
-            for name in ("enorm", "hnorm"):
-                table.append(Weight((f"{outer}{name}.weight",), (h,), (f"mtp.layers.{first}.{name}.weight",)))
-            table.append(
-                Weight((f"{outer}eh_proj.weight",), (h, 2 * h), (f"mtp.layers.{first}.eh_proj.weight",), axis=0)
-            )
-            for index, kind in enumerate(kinds):
-                inner = config.mlp_intermediate_size(index) if kind == "mlp" else 0
-                mine, theirs = f"{outer}mtp_model_layer.layers.{index}.", f"mtp.layers.{first + index}."
-                table += _layer(config, mine, theirs, kind, inner)
-            last = f"mtp.layers.{first + len(kinds) - 1}.final_layernorm.weight"
-            table.append(Weight((f"{outer}final_layernorm.weight",), (h,), (last,)))
+        table.append(Weight(("output_layer.weight",), vocab, ("lm_head.weight",), 0, vocab=True))
+    kinds = config.mtp_layers_block_type
+    for depth in range(config.num_nextn_predict_layers):
+        outer, first = f"mtp.layers.{depth}.", depth * len(kinds)
+        for name, axis in (("enorm", None), ("hnorm", None), ("eh_proj", 0)):
+            table.append(one(f"{outer}{name}.weight", f"mtp.layers.{first}.{name}.weight", axis))
+        for index, kind in enumerate(kinds):
+            mine, theirs = f"{outer}mtp_model_layer.layers.{index}.", f"mtp.layers.{first + index}."
+            table += _layer(config, shapes, mine, theirs, kind)
+        last = f"mtp.layers.{first + len(kinds) - 1}.final_layernorm.weight"
+        table.append(one(f"{outer}final_layernorm.weight", last))
     return table
 
 
-def _layer(config: NemotronHConfig, ours: str, published: str, kind: str, inner: int) -> Iterator[Weight]:
-    h, mixer = config.hidden_size, published + "mixer."
-    norms = tuple(f"{ours}{name}.weight" for name in ("pre_mlp_layernorm", "input_layernorm", "norm"))
+def _layer(
+    config: NemotronHConfig, shapes: Mapping[str, Shape], ours: str, published: str, kind: str
+) -> Iterator[Weight]:
+    def norm(fused: str = "") -> Weight:
+        names = [f"{ours}{name}.weight" for name in ("pre_mlp_layernorm", "input_layernorm", "norm")]
+        names = [f"{ours}{fused}.layer_norm_weight", *names] if fused else names
+        return Weight(tuple(names), shapes[f"{published}norm.weight"], (f"{published}norm.weight",))
 
-    def norm(*fused: str) -> Weight:
-        return Weight(
-            (*(ours + name + ".layer_norm_weight" for name in fused), *norms), (h,), (published + "norm.weight",)
-        )
+    def one(
+        names: str, of: str, axis: int | None = None, parts: Mapping[str, int] | None = None, expert: bool = False
+    ) -> Weight:
+        """Both kinds of names with blanks between them; several published ones are stacked by rows."""
+        sources = tuple(f"{published}mixer.{name}" for name in of.split())
+        shape = (sum(shapes[name][0] for name in sources), *shapes[sources[0]][1:])
+        return Weight(tuple(ours + name for name in names.split()), shape, sources, axis, parts, expert)
 
-    def one(name: str, of: str, shape: Shape, axis: int | None = None) -> Weight:
-        return Weight((ours + name,), shape, (mixer + of,), axis)
-
-    def mlp(name: str, of: str, size: int) -> Iterator[Weight]:
-        yield one(f"{name}linear_fc1.weight", f"{of}up_proj.weight", (size, h), 0)
-        yield one(f"{name}linear_fc2.weight", f"{of}down_proj.weight", (h, size), 1)
+    def mlp(name: str, of: str) -> Iterator[Weight]:
+        yield one(f"{name}linear_fc1.weight", f"{of}up_proj.weight", 0)
+        yield one(f"{name}linear_fc2.weight", f"{of}down_proj.weight", 1)
 
     if kind == "mamba":
-        d, states, heads = config.d_inner, config.n_groups * config.ssm_state_size, config.mamba_num_heads
-        parts = {"z": d, "x": d, "B": states, "C": states, "dt": heads}
+        d, states = config.d_inner, config.n_groups * config.ssm_state_size
         convolved = {"x": d, "B": states, "C": states}
         yield norm("mixer.in_proj")
-        yield Weight((ours + "mixer.in_proj.weight",), (config.in_proj_size, h), (mixer + "in_proj.weight",), 0, parts)
-        for name, shape in {"weight": (config.conv_dim, 1, config.conv_kernel), "bias": (config.conv_dim,)}.items():
-            spelled = (f"{ours}mixer.conv1d.{name}", f"{ours}mixer.conv1d_{name}")
-            yield Weight(spelled, shape, (f"{mixer}conv1d.{name}",), 0, convolved)
-        for name in ("dt_bias", "A_log", "D"):
-            yield one(f"mixer.{name}", name, (heads,), 0)
-        yield one("mixer.norm.weight", "norm.weight", (d,), 0)
-        yield one("mixer.out_proj.weight", "out_proj.weight", (h, d), 1)
+        yield one("mixer.in_proj.weight", "in_proj.weight", 0, {"z": d, **convolved, "dt": config.mamba_num_heads})
+        for name in ("weight", "bias"):
+            yield one(f"mixer.conv1d.{name} mixer.conv1d_{name}", f"conv1d.{name}", 0, convolved)
+        for name in ("dt_bias", "A_log", "D", "norm.weight"):
+            yield one(f"mixer.{name}", name, 0)
+        yield one("mixer.out_proj.weight", "out_proj.weight", 1)
     elif kind == "attention":
-        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        of = tuple(f"{mixer}{name}_proj.weight" for name in "qkv")
         yield norm("self_attention.linear_qkv")
-        yield Weight((ours + "self_attention.linear_qkv.weight",), (queries + 2 * keys, h), of, 0)
-        yield one("self_attention.linear_proj.weight", "o_proj.weight", (h, queries), 1)
+        yield one("self_attention.linear_qkv.weight", "q_proj.weight k_proj.weight v_proj.weight", 0)
+        yield one("self_attention.linear_proj.weight", "o_proj.weight", 1)
     elif kind == "mlp":
         yield norm("mlp.linear_fc1")
-        yield from mlp("mlp.", "", inner)
+        yield from mlp("mlp.", "")
     else:
-        experts, width = config.n_routed_experts, config.moe_latent_size or h
         yield norm()
-        yield one("mlp.router.weight", "gate.weight", (experts, h))
-        yield one("mlp.router.expert_bias", "gate.e_score_correction_bias", (experts,))
-        linears = {
-            "linear_fc1": ("up_proj", (config.moe_intermediate_size, width), 0),
-            "linear_fc2": ("down_proj", (width, config.moe_intermediate_size), 1),
-        }
-        for expert in range(experts):
-            for linear, (projection, shape, axis) in linears.items():
-                names = tuple(ours + name.format(linear=linear, expert=expert) for name in EXPERT_NAMES.values())
-                of = (f"{mixer}experts.{expert}.{projection}.weight",)
-                yield Weight(names, shape, of, axis, expert=True)
-        yield from mlp("mlp.shared_experts.", "shared_experts.", config.moe_shared_expert_intermediate_size)
+        yield one("mlp.router.weight", "gate.weight")
+        yield one("mlp.router.expert_bias", "gate.e_score_correction_bias")
+        for expert in range(config.n_routed_experts):
+            for linear, projection, axis in (("linear_fc1", "up_proj", 0), ("linear_fc2", "down_proj", 1)):
+                names = " ".join(name.format(linear=linear, expert=expert) for name in EXPERT_NAMES.values())
+                yield one(names, f"experts.{expert}.{projection}.weight", axis, expert=True)
+        yield from mlp("mlp.shared_experts.", "shared_experts.")
         if config.moe_latent_size:
-            yield one("mlp.fc1_latent_proj.weight", "fc1_latent_proj.weight", (width, h))
-            yield one("mlp.fc2_latent_proj.weight", "fc2_latent_proj.weight", (h, width))
+            yield one("mlp.fc1_latent_proj.weight", "fc1_latent_proj.weight")
+            yield one("mlp.fc2_latent_proj.weight", "fc2_latent_proj.weight")
 
 
 class Spelling:
