@@ -90,7 +90,10 @@ class NemotronHModelOutput(MoeModelOutputWithPast):
 @with_every_cache_name
 @dataclass
 class NemotronHCausalLMOutput(MoeCausalLMOutputWithPast):
-    """`MoeCausalLMOutputWithPast` whose cache answers to `cache`, `past_key_values` and `cache_params`."""
+    """`MoeCausalLMOutputWithPast` whose cache answers to `cache`, `past_key_values` and `cache_params`; with the
+    backbone's hidden states (B, L, D) where `return_last_hidden_state` asked for them."""
+
+    last_hidden_state: torch.Tensor | None = None
 
 
 __all__ = [

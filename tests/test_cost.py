@@ -312,7 +312,7 @@ def test_a_piece_is_as_long_as_the_budget_lets_it_be(pattern, batch, monkeypatch
     monkeypatch.setattr(pieces, "_STEP", 8)
     monkeypatch.setattr(pieces, "_BUDGET", {"cpu": budget})
     model = model_of(pattern, intermediate_size=400 if pattern == "-*" else 48)
-    length = pieces.piece_length(model.config, batch, torch.device("cpu"), torch.float32)
+    length = pieces.chunk_length(model.config, batch, torch.device("cpu"), torch.float32)
     assert length % 8 == 0
     with Counting() as seen:
         model.model(tokens(batch, length), use_cache=False)

@@ -109,7 +109,7 @@ def test_where_several_layers_are_one_call(model, monkeypatch, tmp_path):
 
 @torch.no_grad()
 def test_between_the_pieces_of_a_prompt(model, monkeypatch, tmp_path):
-    monkeypatch.setattr("nemotron_h.generation.chunked_prefill.piece_length", lambda *_: 256)
+    monkeypatch.setattr("nemotron_h.generation.chunked_prefill.chunk_length", lambda *_: 256)
     cache, seen = NemotronHCache(model.config), []
 
     def after_two(module, args, output):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from nemotron_h import NemotronHCache, NemotronHForCausalLM, mtp
+from nemotron_h.generation import drafts
 
 HEADS = {
     "dense": {"mtp_hybrid_override_pattern": "*-", "num_nextn_predict_layers": 1},
@@ -282,7 +283,7 @@ def test_drafts(family, depths, number, implementation):
     cache.activate_past_recording()
     config = model.generation_config
     config.num_assistant_tokens, config.max_length, config.do_sample = number, 1000, False
-    drafter = mtp.Drafter(model, config)
+    drafter = drafts.Drafter(model, config)
     rest = iter(tokens(1, 200, seed=9)[0].tolist())
     ids = tokens(1, 6, seed=3)
     assert drafter.get_candidates(ids, is_first_iteration=True)[0] is ids
@@ -290,13 +291,15 @@ def test_drafts(family, depths, number, implementation):
     choose = torch.Generator().manual_seed(1)
     drafted = ids
     for _round in range(12):
-        model(drafted[:, seen:], cache=cache, drafter=drafter, logits_to_keep=1)
+        outputs = model(drafted[:, seen:], cache=cache, return_last_hidden_state=True, logits_to_keep=1)
         # So many of the drafts stay, and the model says another token.
         matches = int(torch.randint(0, drafted.shape[1] - ids.shape[1] + 1, (), generator=choose))
         cache.crop(matches - (drafted.shape[1] - ids.shape[1]))
         ids = torch.cat([drafted[:, : ids.shape[1] + matches], torch.tensor([[next(rest)]])], dim=1)
         seen = ids.shape[1] - 1
-        drafted, scores = drafter.get_candidates(ids, is_first_iteration=False, n_last_matches=matches)
+        drafted, scores = drafter.get_candidates(
+            ids, model_outputs=outputs, is_first_iteration=False, n_last_matches=matches
+        )
         assert scores is None
         assert drafted[0, ids.shape[1] :].tolist() == drafted_without_a_cache(model, ids, number)
 
@@ -350,7 +353,7 @@ def test_what_generate_is_asked_for_besides():
 def test_padding_in_the_prompt_is_not_drafted_from():
     x, ids = torch.arange(5.0).view(1, 5, 1), torch.arange(10, 15).view(1, 5)
     mask = torch.tensor([[0, 0, 1, 1, 0, 1, 1]])  # of a token before the first hidden state's, and of these
-    kept_x, kept_ids = mtp._without_padding(x, ids, mask)
+    kept_x, kept_ids = drafts._without_padding(x, ids, mask)
     # pairs of a token and the next: hidden state 1 (column 2) with id 11 (column 3), and 4 (column 5) with id 14
     assert kept_x.flatten().tolist() == [1.0, 4.0] and kept_ids.tolist() == [[11, 14]]
 

@@ -5,7 +5,8 @@ import torch
 from families import small_config, small_model, tokens
 
 from nemotron_h import NemotronHForSequenceClassification, NemotronHForTokenClassification, PromptCache
-from nemotron_h.layers.packing import document_ids, padding_mask, varlen_kwargs, whole_mask
+from nemotron_h.layers.masks import padding_mask, whole_mask
+from nemotron_h.layers.packing import document_ids, varlen_kwargs
 
 pytestmark = pytest.mark.core
 X = torch.zeros(1, 7, 4)
@@ -73,12 +74,12 @@ def test_one_row_of_positions_serves_every_row():
 
 def test_a_mask_fits_the_batch():
     mask = torch.ones(1, 9)
-    assert whole_mask(mask, 2, 9, None).shape == (2, 9)
-    assert whole_mask(torch.ones(2, 20), 2, 9, None).shape == (2, 20)
+    assert whole_mask(mask, 2, 9, 0).shape == (2, 9)
+    assert whole_mask(torch.ones(2, 20), 2, 9, 0).shape == (2, 20)
     with pytest.raises(ValueError, match="has 9 columns for 0 cached and 10 new tokens: pass 10"):
-        whole_mask(mask, 1, 10, None)
+        whole_mask(mask, 1, 10, 0)
     with pytest.raises(ValueError, match="has 3 rows for a batch of 2"):
-        whole_mask(torch.ones(3, 9), 2, 9, None)
+        whole_mask(torch.ones(3, 9), 2, 9, 0)
 
 
 def test_padding_mask():

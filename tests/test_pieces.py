@@ -395,7 +395,7 @@ def test_a_piece_is_a_multiple_of_256_within_the_budget():
     config, cpu = small_config("dense"), torch.device("cpu")
 
     def length(batch, dtype=torch.float32):
-        return pieces.piece_length(config, batch, cpu, dtype)
+        return pieces.chunk_length(config, batch, cpu, dtype)
 
     assert all(length(batch) % 256 == 0 for batch in range(1, 100, 7))
     assert abs(length(1) / 64 - length(64)) <= 256 and abs(length(64, torch.float64) - length(64) / 2) <= 256
@@ -408,5 +408,5 @@ def test_layers_of_their_own_widths_are_counted():
     for widths in ([48, 4800], [4800, 48]):
         config = small_config("attention", intermediate_size=widths)
         wide = small_config("attention", intermediate_size=4800)
-        lengths = [pieces.piece_length(each, 8, cpu, torch.float32) for each in (config, wide)]
-        assert lengths[0] == lengths[1] < pieces.piece_length(small_config("attention"), 8, cpu, torch.float32)
+        lengths = [pieces.chunk_length(each, 8, cpu, torch.float32) for each in (config, wide)]
+        assert lengths[0] == lengths[1] < pieces.chunk_length(small_config("attention"), 8, cpu, torch.float32)

@@ -21,7 +21,7 @@ from transformers.models.nemotron_h import modeling_nemotron_h as library
 
 from nemotron_h import NemotronHCache, NemotronHConfig, NemotronHForCausalLM, ops
 from nemotron_h.compat import CACHE_NAME
-from nemotron_h.generation.chunked_prefill import piece_length
+from nemotron_h.generation.chunked_prefill import chunk_length
 
 from .measure import seconds
 
@@ -216,7 +216,7 @@ class Model:
 
 def pair(model: NemotronHForCausalLM) -> tuple[Model, Model]:
     twin = theirs(model)
-    piece = piece_length(model.config, 1, torch.device("cpu"), model.dtype)
+    piece = chunk_length(model.config, 1, torch.device("cpu"), model.dtype)
     return (
         Model("nemotron-h", model, lambda: NemotronHCache(model.config), piece),
         Model("transformers", twin, lambda: DynamicCache(config=twin.config)),

@@ -544,7 +544,6 @@ class NemotronHCache(Cache):
             raise ValueError(f"A quantised cache grows, and max_cache_len is {max_cache_len}: leave one of them out.")
         self.kinds = config.layers_block_type
         self.config, self.is_static = config, max_cache_len is not None
-        self.shown_again = 0  # tokens seen already that the next prompt begins with all the same
         super().__init__(
             layers=[_new_layer(kind, config, max_cache_len, quantized) for kind in config.layers_block_type],
             offloading=offloading and torch.accelerator.is_available(),

@@ -128,7 +128,11 @@ def decode(model: Any, library: Callable[..., Any], input_ids: Tensor, **given: 
     Raises:
         ValueError: `assistant_early_exit`, or what `check` refuses.
     """
-    config, cache = given["generation_config"], given.get(CACHE_NAME)
+    config, cache, mask = given["generation_config"], given.get(CACHE_NAME), given.get("attention_mask")
+    # Everywhere but here the library cuts a prompt to what a given cache has not seen. It says how long a mask was that
+    # it has dropped for hiding nothing.
+    length = getattr(config, "_mask_length", -1) if mask is None else mask.shape[1]
+    seen = int(cache.get_seq_length()) if length == input_ids.shape[1] and isinstance(cache, NemotronHCache) else 0
     if (early := config.assistant_early_exit) is not None:
         raise ValueError(
             f"assistant_early_exit={early!r} would draft with some of the model's own layers, which is not done here, "
@@ -140,13 +144,15 @@ def decode(model: Any, library: Callable[..., Any], input_ids: Tensor, **given: 
         or getattr(config, "assistant_ensemble_weight", None) is not None
         or cache is None
     ):
+        if seen and mask is None:  # by which the mixin's prepare_inputs_for_generation knows
+            given["attention_mask"] = torch.ones_like(input_ids)
         return library(input_ids, **given)
     check(model, config, given.get("assistant_model"))
     cache = NemotronHCache.adopt(cache, model.config)
     before = [bool(getattr(layer, "record_past", False)) for layer in cache.layers]
     cache.activate_past_recording()
     try:
-        return _Loop(model, input_ids, settles=not any(before), **given).run()
+        return _Loop(model, input_ids, settles=not any(before), seen=seen, **given).run()
     finally:
         for layer, recorded in zip(cache.layers, before, strict=True):
             if not recorded and hasattr(layer, "deactivate_past_recording"):
@@ -164,6 +170,7 @@ class _Loop:
         stopping_criteria: Any,
         generation_config: Any,
         settles: bool,
+        seen: int = 0,
         synced_gpus: bool = False,
         streamer: Any = None,
         inputs_tensor: Any = None,
@@ -178,6 +185,7 @@ class _Loop:
         self.model_kwargs = model_kwargs
         # Whether a draft that was checked is done with: unless somebody else wants to go back over it later.
         self.settles = settles
+        self.seen = seen  # so many of the ids are in the cache already
         self.stats = Speculation()
         self.outputs: Any = None
         self.matches = 0
@@ -323,18 +331,18 @@ class _Loop:
         if (positions := kwargs.get("position_ids")) is not None and number:
             new = torch.arange(1, number + 1, dtype=positions.dtype, device=positions.device)
             kwargs["position_ids"] = torch.cat([positions, positions[..., -1:] + new], dim=-1)
+        unseen = (drafted.shape[1] - self.seen if self.seen else None) if first else number + 1
         inputs = self.model.prepare_inputs_for_generation(
             drafted,
-            next_sequence_length=None if first else number + 1,
+            next_sequence_length=unseen,
             is_first_iteration=first,
             **kwargs,
         )
         inputs["logits_to_keep"] = number + 1
         if self.generator.requires_model_outputs:
             inputs |= self.generator.model_kwargs_overrides
-        # Experts run another way in single steps from transformers 5.20 or so on, as they do in plain generate().
-        decoding = getattr(self.model, "_optimize_model_for_decode", contextlib.nullcontext)
-        with contextlib.nullcontext() if first else decoding():
+        # Experts run another way in single steps, as they do in plain generate().
+        with contextlib.nullcontext() if first else self.model._optimize_model_for_decode():
             return self.model(**inputs)
 
     def _choose(self, scores: Tensor, drafted: int | None, q_LV: Tensor | None, i: int) -> Tensor:

@@ -1,106 +1,17 @@
-"""Which tokens are padding, and which document each token belongs to, from what trainers and collators pass.
-
-Everything below the model works with two tensors: `mask_BL` (bool, False at padding) and `seq_idx_BL` (document
-number), each None where there is nothing to say, so that plain batches pay nothing.
-"""
+"""Which document each token of a packed row belongs to, from what trainers and collators pass."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.import_utils import is_tracing
 
 from ..cache.hybrid import cache_length
 from ..ops import document_index
-
-
-def embedded(embeddings: nn.Module, input_ids: Any, inputs_embeds: Any, config: Any) -> Tensor:
-    """(B, L, D) embeddings of what the model was called with: ids (B, L), or the embeddings themselves.
-
-    Raises:
-        ValueError: neither of them or both, no tensor, another shape or dtype, no row, no token, an id that is not in
-            the vocabulary. An accelerator says the last in its own way: asking it here would stall every token.
-    """
-    if (input_ids is None) == (inputs_embeds is None):
-        got = "neither" if input_ids is None else "both"
-        raise ValueError(f"The model takes one of `input_ids` and `inputs_embeds` and got {got}: pass exactly one.")
-    name, given = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
-    _check_axes(name, given, config)
-    if given.numel() == 0:
-        nothing = "a batch of 0 rows" if given.shape[0] == 0 else "the input has no tokens"
-        raise ValueError(f"{name} has shape {tuple(given.shape)}, {nothing}: pass at least one.")
-    if inputs_embeds is not None:
-        return inputs_embeds
-    if given.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"input_ids is of {given.dtype}: pass token ids as torch.int64 or torch.int32.")
-    try:
-        x_BLD: Tensor = embeddings(given)
-    except IndexError:
-        lowest, highest = map(int, given.aminmax())
-        raise ValueError(
-            f"input_ids has ids from {lowest} to {highest}, and not all of them are in the vocabulary: pass ids that "
-            "the model's tokenizer has (-100 is for labels)."
-        ) from None
-    return x_BLD
-
-
-def check_prompt(args: tuple[Any, ...], kwargs: dict[str, Any], config: Any) -> None:
-    """That what `generate()` was called with is rows of ids or of embeddings; the rest is said by the forward."""
-    given = {"input_ids": args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))}
-    given["inputs_embeds"] = kwargs.get("inputs_embeds")
-    for name, tokens in given.items():
-        if tokens is not None:
-            _check_axes(name, tokens, config)
-
-
-def _check_axes(name: str, given: Any, config: Any) -> None:
-    axes = 2 if name == "input_ids" else 3
-    if isinstance(given, Tensor) and given.ndim == axes and (axes == 2 or given.shape[2] == config.hidden_size):
-        return
-    wanted = "(rows, tokens)" if axes == 2 else f"(rows, tokens, {config.hidden_size})"
-    if not isinstance(given, Tensor):
-        raise ValueError(f"{name} is a {type(given).__name__}: pass a tensor of {wanted}.")
-    of_one_row = f", as {name}[None] for one row" if given.ndim == axes - 1 else ""
-    raise ValueError(f"{name} has shape {tuple(given.shape)}: pass {wanted}{of_one_row}.")
-
-
-def whole_mask(attention_mask: Any, batch: int, length: int, cache: Cache | None) -> Any:
-    """A 2-D attention mask with a row for each row of the batch; anything else as it is.
-
-    Raises:
-        ValueError: rows or columns that are not the batch's: a column is wanted for each cached and each new token.
-    """
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-        return attention_mask
-    rows, columns = attention_mask.shape
-    if rows not in (1, batch):
-        raise ValueError(f"attention_mask has {rows} rows for a batch of {batch}: pass one a row.")
-    if not is_tracing(attention_mask) and columns < (wanted := int(cache_length(cache)) + length):
-        raise ValueError(
-            f"attention_mask has {columns} columns for {wanted - length} cached and {length} new tokens: pass {wanted}."
-        )
-    return attention_mask.expand(batch, columns)
-
-
-def padding_mask(attention_mask: Any, length: int, cache: Cache | None = None) -> Tensor | None:
-    """The new tokens' columns of a (B, past + L) attention mask as bool; None where nothing is padding.
-
-    Masks that attention layers alone obey (4-D) say nothing of it. Whether a mask is all ones is asked of the CPU
-    always, of an accelerator only before a multi-token step: in decoding the answer would stall it at every token.
-    """
-    if attention_mask is None or attention_mask.ndim != 2:
-        return None
-    # Columns after the new tokens' (a mask as wide as a static cache) are nobody's yet. A traced step cannot ask a
-    # static cache for its length; its mask ends with the new tokens.
-    past = attention_mask.shape[1] - length if is_tracing(attention_mask) else int(cache_length(cache))
-    mask_BL = attention_mask[:, past : past + length].bool()
-    if is_tracing(mask_BL) or (length == 1 and mask_BL.device.type != "cpu"):
-        return mask_BL
-    return None if bool(mask_BL.all()) else mask_BL
 
 
 def document_ids(

@@ -1,4 +1,5 @@
-"""The language-modelling loss without logits: what `model.chunked_loss` and `skip_logits=True` ask for.
+"""The language-model head and its loss, with the logits or without: what `model.chunked_loss` and `skip_logits=True`
+ask for.
 
 Shape suffixes as in layers/__init__.py.
 """
@@ -26,9 +27,36 @@ _WORTH_SAYING = 4 << 30
 _said: set[str] = set()
 
 
-def is_the_librarys(loss_function: Any) -> bool:
-    """Another loss may do anything with the logits, so it gets them."""
-    return loss_function is ForCausalLMLoss
+def logits_and_loss(
+    model: Any,
+    x_BLD: Tensor,
+    logits_to_keep: int | Tensor,
+    labels: Tensor | None,
+    *,
+    shift_labels: Tensor | None = None,
+    skip_logits: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The logits (B, kept, V), in float32 or better, and the loss of `NemotronHForCausalLM.forward`, each None where it
+    is not made; arguments as there, `x_BLD` the backbone's hidden states."""
+    x_BLD = x_BLD[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+    has_labels = labels is not None or shift_labels is not None
+    if has_labels:
+        whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        skip = model.chunked_loss and model.training if skip_logits is None else skip_logits
+        # Another loss than the library's may do anything with the logits, so it gets them.
+        if whole and skip and model.loss_function is ForCausalLMLoss:
+            number = kwargs.get("num_items_in_batch")
+            return None, without_logits(model.lm_head, x_BLD, labels, shift_labels, num_items_in_batch=number)
+        if model.training and skip_logits is None:
+            say_once_that_logits_are_large(x_BLD.shape[:-1].numel(), model.vocab_size)
+    # Two-dimensional whatever the head is by now (a resized or adapted one): see ops.linear.
+    logits_TV = project(model.lm_head, x_BLD.reshape(-1, x_BLD.shape[-1]))
+    logits_BLV = logits_TV.view(*x_BLD.shape[:-1], logits_TV.shape[-1])
+    logits_BLV = logits_BLV.to(torch.promote_types(logits_BLV.dtype, torch.float32))
+    if not has_labels:
+        return logits_BLV, None
+    return logits_BLV, model.loss_function(logits_BLV, labels, model.vocab_size, shift_labels=shift_labels, **kwargs)
 
 
 def without_logits(

@@ -161,6 +161,7 @@ def test_long_texts_are_taken_whole(folder, monkeypatch):
     from nemotron_h.generation import chunked_prefill as pieces
 
     at_once = record(folder, IDS)
-    monkeypatch.setattr(pieces, "wanted", lambda *args, **kwargs: 8)
+    monkeypatch.setattr(pieces, "_STEP", 8)
+    monkeypatch.setattr(pieces, "chunk_length", lambda *_: 8)
     comparison = compare(at_once, record(folder, IDS), 1e-5)
     assert len(comparison.rows) == 10 and comparison.first_row is None

@@ -9,7 +9,7 @@ import torch
 from families import relative_difference, small_model, tokens
 from real_packages import DEVICE, torch_only
 
-import nemotron_h.modeling
+import nemotron_h.layers.masks
 from nemotron_h import NemotronHCache
 from nemotron_h.ops import cuda_kernels as backends
 
@@ -20,14 +20,14 @@ PROMPT, NEW = 9, 4
 @pytest.fixture(autouse=True)
 def mask_of_every_token(monkeypatch):
     """A mask is not looked into for a single token on a GPU, where that would stall it: it is handed on."""
-    look = nemotron_h.modeling.padding_mask
+    look = nemotron_h.layers.masks.padding_mask
 
-    def hand_on(attention_mask, length, cache=None):
+    def hand_on(attention_mask, length, past=0):
         if length > 1 or attention_mask is None:
-            return look(attention_mask, length, cache)
+            return look(attention_mask, length, past)
         return attention_mask[:, -1:].bool()
 
-    monkeypatch.setattr(nemotron_h.modeling, "padding_mask", hand_on)
+    monkeypatch.setattr(nemotron_h.layers.masks, "padding_mask", hand_on)
     monkeypatch.setattr(backends, "_KERNEL_CHUNK_SIZE", 16)  # the shorter, the sooner interpreted
 
 
