@@ -51,6 +51,7 @@ from .layers.moe import NemotronHExperts, NemotronHMLP, NemotronHMoE, NemotronHT
 from .layers.parts import NemotronHConv1d, NemotronHRMSNorm, NemotronHRMSNormGated, residual_std
 from .mtp import NemotronHMTPLayer, NemotronHMultiTokenPredictor
 from .parallel.tensor import Distributed
+from .quantization import int8_int4
 from .training import losses
 from .training.peft_bridge import join_peft
 
@@ -100,13 +101,12 @@ class NemotronHPreTrainedModel(Distributed, PreTrainedModel):
         """
         source = pretrained_model_name_or_path
         published.check_source(source, kwargs)
-        from .quantization import modelopt as modelopt_quantizer
+        # Not before: it registers the method "modelopt" with the library, which other models' checkpoints name too.
+        from .quantization import modelopt
 
-        modelopt_quantizer.prepare(kwargs.pop("quantized", None), source, kwargs)
+        modelopt.prepare(kwargs.pop("quantized", None), source, kwargs)
         if (quantize := kwargs.pop("quantize", None)) is not None:
-            from .quantization.int8_int4 import config_for
-
-            kwargs["quantization_config"] = config_for(quantize, source, kwargs)
+            kwargs["quantization_config"] = int8_int4.config_for(quantize, source, kwargs)
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         try:
             model, info = super().from_pretrained(

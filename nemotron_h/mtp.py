@@ -19,13 +19,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .cache.hybrid import cache_length
+from .checkpoints import published
 from .configuration import NemotronHConfig
+from .files import atomic_write
 from .layers.block import NemotronHBlock, build_mixer
 from .layers.masks import read_inputs
 from .layers.parts import NemotronHRMSNorm, project
@@ -140,10 +143,6 @@ def save_head(model: Any, path: str | Path) -> None:
     Raises:
         ValueError: a model without a head.
     """
-    from safetensors.torch import save_file
-
-    from .files import atomic_write
-
     check_head(model, "save_head")
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.mtp.state_dict(prefix="mtp.").items():
@@ -167,8 +166,6 @@ def load_head(model: Any, path: str | Path) -> Any:
         ValueError: the model has a head already, the file is cut off or no such file, or it is another model's head;
             the model is as it was.
     """
-    from .checkpoints import published
-
     try:
         with safe_open(path, framework="pt") as file:
             said = file.metadata() or {}
