@@ -1,6 +1,6 @@
 # make demo       the bundled model solves held-out word problems, reasoning on and off
 # make test       the test suite
-# make quality    ruff and mypy
+# make quality    ruff, mypy and the contract of who may import what
 # make format     ruff, rewriting
 # make bench      the benchmarks, about ten minutes; results in benchmarks/results
 #
@@ -56,6 +56,7 @@ quality: $(ENV)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) -c "from importlinter.cli import lint_imports_command as lint; lint()" --no-cache
 
 format: $(ENV)
 	$(PY) -m ruff check --fix .
