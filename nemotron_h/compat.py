@@ -38,10 +38,8 @@ class _CroppableStaticLayer(cache_utils.StaticLayer):
         self.cumulative_length.sub_(abs(tokens_to_remove))
 
 
-def new_static_layer(max_cache_len: int) -> cache_utils.StaticLayer:
-    """Keys and values for so many tokens, which can forget the last of them."""
-    croppable = hasattr(cache_utils.StaticLayer, "crop")
-    return (cache_utils.StaticLayer if croppable else _CroppableStaticLayer)(max_cache_len)
+FixedKeys: Any = cache_utils.StaticLayer if hasattr(cache_utils.StaticLayer, "crop") else _CroppableStaticLayer
+"""Keys and values for so many tokens, which can forget the last of them."""
 
 
 def pick_cache(**spellings: Cache | None) -> Cache | None:
@@ -100,6 +98,7 @@ __all__ = [
     "CACHE_NAME",
     "CACHE_NAMES",
     "DummyLayer",
+    "FixedKeys",
     "NemotronHCausalLMOutput",
     "NemotronHModelOutput",
     "causal_mask",

@@ -12,7 +12,7 @@ from transformers import cache_utils
 from transformers.cache_utils import QuantizedLayer
 
 from nemotron_h import NemotronHCache
-from nemotron_h.cache.hybrid import MambaLayer
+from nemotron_h.cache.layers import MambaLayer
 from nemotron_h.compat import CACHE_NAME
 
 FAMILIES = ["dense", "moe", "latent", "mamba", "attention"]

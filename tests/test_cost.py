@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from nemotron_h import NemotronHCache, ops
-from nemotron_h.cache.hybrid import GrowingLayer
+from nemotron_h.cache.layers import GrowingLayer
 from nemotron_h.generation import chunked_prefill as pieces
 from nemotron_h.ops import conditions, native
 

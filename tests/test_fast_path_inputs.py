@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from families import small_model, tokens
 
 from nemotron_h import NemotronHCache, ops
-from nemotron_h.cache.hybrid import GrowingLayer
+from nemotron_h.cache.layers import GrowingLayer
 from nemotron_h.ops import native
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from nemotron_h import NemotronHCache
-from nemotron_h.cache.hybrid import GrowingLayer
+from nemotron_h.cache.layers import GrowingLayer
 
 HEADS, KEY_DIM, VALUE_DIM = 2, 4, 6
 

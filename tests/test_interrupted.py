@@ -10,7 +10,7 @@ from families import relative_difference, small_model, tokens
 
 import nemotron_h.cache
 from nemotron_h import NemotronHCache, PromptCache
-from nemotron_h.cache.hybrid import MambaLayer
+from nemotron_h.cache.layers import MambaLayer
 from nemotron_h.ops import native
 
 pytestmark = pytest.mark.core
@@ -204,10 +204,8 @@ def test_while_a_cache_is_changed(model, what, monkeypatch, tmp_path):
     last = cache.layers[5]
     argument = {"crop": -1, "batch_repeat_interleave": 2, "restore": snapshot}.get(what, torch.tensor([0]))
     with monkeypatch.context() as patch:
-        if what == "restore":
-            patch.setattr("nemotron_h.cache.files._put_state", stop)
-        else:
-            patch.setattr(last, "_map_rows" if what != "crop" else "update_conv_state", stop)
+        inside = {"restore": "hold", "crop": "update_conv_state"}.get(what, "_map_rows")
+        patch.setattr(last, inside, stop)
         with pytest.raises(Stop):
             getattr(cache, what)(argument)
     assert_refused(model, cache, tmp_path)

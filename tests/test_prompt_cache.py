@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nemotron_h import NemotronHCache, PromptCache
-from nemotron_h.cache import files as snapshots
 
 FAMILIES = ["dense", "moe", "latent", "mamba", "attention"]
 pytestmark = pytest.mark.core
@@ -236,13 +235,13 @@ def fill(model, cache, lengths, seed=0):
     return ids
 
 
-def test_the_budget_counts_what_is_shared_once():
-    """Entries of one text share its keys and values; each has a state of its own."""
+def test_the_budget_counts_every_entry():
+    """Each has keys, values and a state of its own, whatever text it shares with others."""
     model, cache = small_model("dense"), PromptCache()
     fill(model, cache, [10, 20, 50])
-    assert cache.nbytes == 3 * state_bytes(model) + key_bytes(model, 50)
+    assert cache.nbytes == 3 * state_bytes(model) + key_bytes(model, 10 + 20 + 50)
     fill(model, cache, [30], seed=1)
-    assert cache.nbytes == 4 * state_bytes(model) + key_bytes(model, 80)
+    assert cache.nbytes == 4 * state_bytes(model) + key_bytes(model, 110)
 
 
 def test_the_least_recently_used_goes_first():
@@ -259,7 +258,7 @@ def test_the_least_recently_used_goes_first():
 @torch.no_grad()
 def test_what_is_left_of_a_shared_text_takes_no_more_than_it_needs():
     model = small_model("dense")
-    cache = PromptCache(max_bytes=3 * state_bytes(model) + key_bytes(model, 200))
+    cache = PromptCache(max_bytes=3 * state_bytes(model) + key_bytes(model, 250))
     text = fill(model, cache, [20, 200])
     assert cache.resume(NemotronHCache(model.config), text[:, :30], model) == 20  # now the long one is older
     fill(model, cache, [100], seed=1)
@@ -363,7 +362,7 @@ def test_files_of_somebody_else_are_passed_over(tmp_path):
     rows = NemotronHCache(model.config)
     with torch.no_grad():
         model(ids, cache=rows)
-    snapshots.save(rows, tmp_path / "rows.safetensors", model=model, token_ids=ids, keep_ids=True)
+    rows.save(tmp_path / "rows.safetensors", model=model, token_ids=ids, keep_ids=True)
     rows.save(tmp_path / "no_ids.safetensors", model=model, token_ids=ids)
     for name in set(said) - {"nemotron_h", "pattern"}:
         save_file(held, tmp_path / f"no_{name}.safetensors", metadata={k: v for k, v in said.items() if k != name})

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nemotron_h import NemotronHCache
-from nemotron_h.cache import files as snapshots
+from nemotron_h.cache import fingerprint
 
 FAMILIES = ["dense", "moe", "latent", "mamba", "attention"]
 pytestmark = pytest.mark.core
@@ -476,40 +476,40 @@ def test_the_digest_sees_every_number():
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         for size in ((1,), (7,), (1025,), (3, 5), (40, 257), (3, 33, 65)):
             weights = torch.nn.ParameterList([torch.randn(size).to(dtype)])
-            before, flat = snapshots.weights_digest(weights), weights[0].data.view(-1)
+            before, flat = fingerprint.weights_digest(weights), weights[0].data.view(-1)
             for place in range(0, len(flat), max(1, len(flat) // 29)):
                 was = flat[place].clone()
                 flat[place] = -was
-                assert snapshots.weights_digest(weights) != before, (dtype, size, place)
+                assert fingerprint.weights_digest(weights) != before, (dtype, size, place)
                 flat[place] = was
-            assert snapshots.weights_digest(weights) == before
+            assert fingerprint.weights_digest(weights) == before
     for seed in range(3):
         model = small_model("dense", torch.float32, vocab_size=1000)
         embeddings = model.get_input_embeddings().weight
-        before = snapshots.weights_digest(model), snapshots.known_digest(model)
+        before = fingerprint.weights_digest(model), fingerprint.known_digest(model)
         model(tokens(1, 9, seed=seed), labels=tokens(1, 9, seed=seed)).loss.backward()
         torch.optim.SGD([embeddings], lr=1e-3).step()
-        after = snapshots.weights_digest(model), snapshots.known_digest(model)
+        after = fingerprint.weights_digest(model), fingerprint.known_digest(model)
         assert before[0] == before[1] != after[0] == after[1]
 
 
 def test_a_known_digest_is_worked_out_once(monkeypatch):
-    model, worked_out, real = small_model("dense"), [], snapshots.weights_digest
-    monkeypatch.setattr(snapshots, "weights_digest", lambda model: worked_out.append(1) or real(model))
-    first = snapshots.known_digest(model)
-    assert snapshots.known_digest(model) == first == real(model) and len(worked_out) == 1
+    model, worked_out, real = small_model("dense"), [], fingerprint.weights_digest
+    monkeypatch.setattr(fingerprint, "weights_digest", lambda model: worked_out.append(1) or real(model))
+    first = fingerprint.known_digest(model)
+    assert fingerprint.known_digest(model) == first == real(model) and len(worked_out) == 1
     weight = model.get_input_embeddings().weight
     with torch.no_grad():
         weight[50, 3] += 1
-    assert snapshots.known_digest(model) == real(model) != first and len(worked_out) == 2
+    assert fingerprint.known_digest(model) == real(model) != first and len(worked_out) == 2
     with torch.no_grad():
         model.get_input_embeddings().weight = torch.nn.Parameter(weight.clone().index_fill_(0, torch.tensor([51]), 0))
-    assert snapshots.known_digest(model) == real(model) and len(worked_out) == 3
+    assert fingerprint.known_digest(model) == real(model) and len(worked_out) == 3
     with torch.inference_mode():
         made = small_model("dense")
-        before = snapshots.known_digest(made)
+        before = fingerprint.known_digest(made)
         made.get_input_embeddings().weight[50, 3] += 1
-        assert snapshots.known_digest(made) == real(made) != before
+        assert fingerprint.known_digest(made) == real(made) != before
 
 
 def test_files_of_another_text(saved):

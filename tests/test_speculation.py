@@ -15,7 +15,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from nemotron_h import NemotronHCache, NemotronHForCausalLM
 from nemotron_h.bundled import WORD_PROBLEMS, held_out
-from nemotron_h.cache.hybrid import DRAFT, ROLLBACK, GrowingLayer, MambaLayer
+from nemotron_h.cache.layers import GrowingLayer, MambaLayer
+from nemotron_h.cache.rollback import DRAFT, ROLLBACK
 from nemotron_h.compat import CACHE_NAME
 from nemotron_h.generation import chunked_prefill as pieces
 from nemotron_h.generation import speculation

@@ -1,5 +1,6 @@
 """What has been seen: a layer for each kind, going back, the whole, snapshots and their files."""
 
-from .hybrid import MambaLayer, NemotronHCache
+from .hybrid import NemotronHCache
+from .layers import MambaLayer
 
 __all__ = ["MambaLayer", "NemotronHCache"]

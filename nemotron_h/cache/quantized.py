@@ -29,14 +29,27 @@ def new_layer(options: Mapping[str, Any]) -> DynamicLayer:
         there = ", ".join(name for name, cls in _CLASSES.items() if hasattr(cache_utils, cls))
         raise ValueError(f"There is no backend {backend!r} for quantised keys and values here: use one of {there}.")
     try:
-        layer: DynamicLayer = made(**given)
+        layer: DynamicLayer = type(made.__name__, (_FewBits, made), {})(**given)
     except TypeError as error:
         raise ValueError(f"The backend {backend} does not take these options: {error}.") from error
     return layer
 
 
-def is_quantised(layer: Any) -> bool:
-    return hasattr(layer, "_quantize")
+class _FewBits:
+    """What a layer of the cache answers, of one whose form only its backend can read."""
+
+    def held(self, length: int) -> None:
+        raise ValueError(
+            f"A {type(self).__name__} has no plain keys and values to take a snapshot of or to put one into: use a "
+            "cache that is not quantised."
+        )
+
+    def check_hold(self, pair: Any, length: int) -> None:
+        self.held(length)
+
+    def nbytes(self) -> int:
+        names = ("keys", "values", "_quantized_keys", "_quantized_values")
+        return sum(_nbytes(getattr(self, name, None)) for name in names)
 
 
 def check_rows(layers: Any, reorder: bool) -> None:
@@ -46,23 +59,20 @@ def check_rows(layers: Any, reorder: bool) -> None:
         ValueError: a quantised layer that cannot do it.
     """
     for layer in layers:
-        if not is_quantised(layer):
+        if not isinstance(layer, _FewBits):
             continue
-        if not reorder or type(layer).reorder_cache is CacheLayerMixin.reorder_cache:
+        if not reorder or getattr(type(layer), "reorder_cache", None) is CacheLayerMixin.reorder_cache:
             what = "reordered by this version of transformers" if reorder else "repeated or selected"
             raise ValueError(
                 f"The rows of a {type(layer).__name__} cannot be {what}: use a cache that is not quantised."
             )
 
 
-def nbytes(held: Any) -> int:
+def _nbytes(held: Any) -> int:
     """Bytes of a backend's form of keys or values: tensors, wherever they are in it."""
     if isinstance(held, Mapping):
-        return sum(map(nbytes, held.values()))
+        return sum(map(_nbytes, held.values()))
     if isinstance(held, (tuple, list)):
-        return sum(map(nbytes, held))
+        return sum(map(_nbytes, held))
     inner = [value for name in ("_data", "_scale", "_shift") if (value := getattr(held, name, None)) is not None]
-    return sum(map(nbytes, inner)) if inner else int(getattr(held, "nbytes", 0))
-
-
-__all__ = ["check_rows", "is_quantised", "nbytes", "new_layer"]
+    return sum(map(_nbytes, inner)) if inner else int(getattr(held, "nbytes", 0))

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
-from ..cache.hybrid import GrowingLayer, NemotronHCache, Uninterrupted, check_room
+from ..cache.hybrid import NemotronHCache, Uninterrupted, check_room
+from ..cache.layers import GrowingLayer
 from ..configuration import NemotronHConfig
 from ..layers.masks import Inputs, read_inputs
 

@@ -16,7 +16,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from ..cache.hybrid import ROLLBACK, NemotronHCache
+from ..cache.hybrid import NemotronHCache
+from ..cache.rollback import ROLLBACK
 from ..layers.masks import read_inputs
 from ..layers.parts import project
 from ..mtp import check_head

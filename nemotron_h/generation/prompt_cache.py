@@ -19,24 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers.utils import logging
 
-from ..cache.files import (
-    Origin,
-    Pair,
-    Snapshot,
-    essentials,
-    header,
-    known_digest,
-    origin,
-    put,
-    read,
-    saved_ids,
-    take,
-    write,
-)
+from ..cache.files import header, read, saved_ids, write
+from ..cache.fingerprint import Origin, essentials, known_digest, origin
 from ..cache.hybrid import NemotronHCache
+from ..cache.snapshot import Snapshot
 
 logger = logging.get_logger(__name__)
 
@@ -59,8 +47,8 @@ class PromptCache:
         model.generate(**inputs, prompt_cache=prompt_cache)
 
     When the budget is spent, the least recently used go first. Entries are told apart by the model's config and
-    weights, so that one of these may serve several models. Bytes that entries share are counted once. Safe to use from
-    several threads.
+    weights, so that one of these may serve several models. Each has keys and values of its own: below some thousands of
+    tokens they are the smaller part of a state. Safe to use from several threads.
 
     Args:
         max_bytes: of all entries in memory. One that is larger than that alone is not kept, which is said once.
@@ -112,7 +100,7 @@ class PromptCache:
                 snapshot = self._get(key, model)
                 if snapshot is None:  # its file is gone or cannot be read: the next best
                     continue
-                put(cache, snapshot)
+                cache.restore(snapshot)
                 self.hits += 1
                 self.tokens_reused += snapshot.length
                 return snapshot.length
@@ -134,11 +122,10 @@ class PromptCache:
         if cache.batch_size != 1:
             raise ValueError(f"A PromptCache keeps single rows and the cache has {cache.batch_size}: split it first.")
         key = owner or owner_of(model), ids
-        entry = _Entry(_compact(take(cache)), _origin(key, model))
+        entry = _Entry(cache.snapshot().apart(), _origin(key, model))
         with self._lock:
             self._entries.pop(key, None)
             self._entries[key] = entry
-            self._share(key)
             self._fit()
 
     def boundaries(
@@ -174,14 +161,9 @@ class PromptCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory, each counted once however many entries share it."""
+        """Bytes in memory."""
         with self._lock:
-            storages = {}
-            for entry in self._entries.values():
-                for tensor in entry.snapshot.tensors():
-                    storage = tensor.untyped_storage()
-                    storages[tensor.device, storage.data_ptr()] = storage.nbytes()
-            return sum(storages.values())
+            return sum(entry.snapshot.nbytes for entry in self._entries.values())
 
     def clear(self) -> None:
         """Forget the entries in memory; files stay."""
@@ -230,13 +212,6 @@ class PromptCache:
         self._fit()
         return snapshot
 
-    def _share(self, key: Key) -> None:
-        """Let entries that `key`'s text begins with see their keys and values in its, in place of their own."""
-        longer = self._entries[key].snapshot
-        for (owner, ids), entry in self._entries.items():
-            if owner == key[0] and len(ids) < len(key[1]) and key[1].startswith(ids):
-                entry.snapshot = _seen_in(entry.snapshot, longer)
-
     def _fit(self) -> None:
         while self._entries and self.nbytes > self.max_bytes:
             key, entry = self._entries.popitem(last=False)
@@ -249,10 +224,6 @@ class PromptCache:
                     f"A state of {entry.snapshot.nbytes:,} bytes after {entry.snapshot.length:,} tokens does not fit "
                     f"PromptCache(max_bytes={self.max_bytes:,}), so it is not kept: give it more."
                 )
-            # Views into what has gone would keep all of it.
-            kept = [entry.snapshot for entry in self._entries.values()]
-            for left, snapshot in zip(self._entries.values(), _own(kept), strict=True):
-                left.snapshot = snapshot
 
     def _try_to_write(self, key: Key, entry: _Entry) -> None:
         try:
@@ -333,61 +304,6 @@ def _common(a: bytes, b: bytes) -> int:
     size = min(len(a), len(b))
     differ = np.flatnonzero(_numbers(a[:size]) != _numbers(b[:size]))
     return int(differ[0]) if len(differ) else size // _WORD
-
-
-def _pairs(snapshot: Snapshot) -> list[tuple[int, Pair]]:
-    return [(i, pair) for i, pair in enumerate(snapshot.layers) if pair and snapshot.kinds[i] == "attention"]
-
-
-def _replaced(snapshot: Snapshot, pairs: dict[int, Pair]) -> Snapshot:
-    layers = tuple(pairs.get(index, pair) for index, pair in enumerate(snapshot.layers))
-    return Snapshot(snapshot.kinds, snapshot.length, layers)
-
-
-def _spare(tensor: Tensor) -> bool:
-    return tensor.untyped_storage().nbytes() > tensor.nbytes
-
-
-def _compact(snapshot: Snapshot) -> Snapshot:
-    """Keys and values in tensors of their own: the cache's buffers are for going on, and larger."""
-    return _replaced(
-        snapshot,
-        {i: (a.clone(), b.clone()) for i, (a, b) in _pairs(snapshot) if _spare(a) or _spare(b)},
-    )
-
-
-def _seen_in(shorter: Snapshot, longer: Snapshot) -> Snapshot:
-    where = {
-        index: (longer.layers[index][0][..., : shorter.length, :], longer.layers[index][1][..., : shorter.length, :])  # type: ignore[index]
-        for index, pair in _pairs(shorter)
-        if longer.layers[index] is not None
-        and all(a.device == b.device and a.dtype == b.dtype for a, b in zip(pair, longer.layers[index], strict=True))  # type: ignore[arg-type]
-    }
-    return _replaced(shorter, where)
-
-
-def _own(snapshots: list[Snapshot]) -> list[Snapshot]:
-    """The same, where no storage is larger than the longest view into it."""
-    longest: dict[int, int] = {}
-    for snapshot in snapshots:
-        for tensor in snapshot.tensors():
-            at = tensor.untyped_storage().data_ptr()
-            longest[at] = max(longest.get(at, 0), tensor.nbytes)
-    made: dict[int, Tensor] = {}
-
-    def own(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        at = storage.data_ptr()
-        if storage.nbytes() <= longest[at]:
-            return tensor
-        if at not in made:
-            made[at] = tensor.clone()  # the longest view: they are asked longest first
-        return made[at][..., : tensor.shape[-2], :]
-
-    result: dict[int, Snapshot] = {}
-    for number, snapshot in sorted(enumerate(snapshots), key=lambda each: -each[1].length):
-        result[number] = _replaced(snapshot, {i: (own(a), own(b)) for i, (a, b) in _pairs(snapshot)})
-    return [result[number] for number in range(len(snapshots))]
 
 
 __all__ = ["PromptCache", "owner_of"]

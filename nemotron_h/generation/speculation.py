@@ -20,7 +20,9 @@ from torch import Tensor
 from transformers.generation.candidate_generator import AssistedCandidateGenerator, CandidateGenerator
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from ..cache.hybrid import DRAFT, ROLLBACK, MambaLayer, NemotronHCache, Uninterrupted
+from ..cache.hybrid import NemotronHCache, Uninterrupted
+from ..cache.layers import MambaLayer
+from ..cache.rollback import DRAFT, ROLLBACK
 from ..compat import CACHE_NAME, with_every_cache_name
 
 FIRST = ROLLBACK // 4

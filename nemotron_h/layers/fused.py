@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 from transformers.activations import ReLUSquaredActivation
 
-from ..cache.hybrid import GrowingLayer, MambaLayer
+from ..cache.layers import GrowingLayer, MambaLayer
 from ..ops import FEW_TOKENS, native
 from ..ops.conditions import few_rows
 from ..ops.int8_int4 import packed_dtypes, packed_shapes
@@ -203,7 +203,7 @@ class _Run(_Called):
                 y_BLD = x_BLD.clone(memory_format=torch.contiguous_format)
                 native.blocks(structs, len(self.blocks), y_BLD)
                 for record, mixer, inputs_BLK in recorded:
-                    record.add(mixer, inputs_BLK)
+                    record.add(mixer.replay, inputs_BLK)
                 for kind, layer in layers:
                     if kind == native.MAMBA:
                         layer.update(layer.window_BCW, layer.state_BHPN, length)

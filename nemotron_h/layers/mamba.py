@@ -22,7 +22,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from .. import ops
-from ..cache.hybrid import MambaLayer
+from ..cache.layers import MambaLayer
 from .parts import (
     Float32Parameters,
     NemotronHConv1d,
@@ -92,7 +92,7 @@ class NemotronHMamba2Mixer(Float32Parameters):
 
         projected_BLK = project(self.in_proj, x_BLD)
         if memory is not None and memory.keeps:
-            memory.open_record(length).add(self, projected_BLK[..., gate:].clone(), mask_BL)
+            memory.open_record(length).add(self.replay, projected_BLK[..., gate:].clone(), mask_BL)
         y_BLI = None
         if window_BCW is not None and state_BHPN is not None and length <= ops.FEW_TOKENS and seq_idx_BL is None:
             if self._parts_are_plain():
