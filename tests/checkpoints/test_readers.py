@@ -129,7 +129,7 @@ def stumbling(found):
 @pytest.mark.parametrize("family", ["dense", "moe"])
 def test_on_what_is_saved_here_older_readers_find_nothing(family, tmp_path):
     """Made in Python, read from the published config (Nano-30B's), from transformers' folder; saved, converted,
-    published and quantised, which all write the config alike."""
+    published and quantized, which all write the config alike."""
     model = small_model(family, dtype=torch.float32)
     model.save_pretrained(tmp_path / "saved")
     writing.convert(formats.conversion(tmp_path / "saved", "huggingface"), tmp_path / "converted")
@@ -143,7 +143,7 @@ def test_on_what_is_saved_here_older_readers_find_nothing(family, tmp_path):
     NemotronHForCausalLM.from_pretrained(tmp_path / "saved", quantize="int8").save_pretrained(tmp_path / "int8")
     fields = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("int8", "saved")]
     assert fields[0].pop("quantization_config") and fields[0] == fields[1]
-    assert all("quantised by" in str(found) for found in stumbling(verdicts(tmp_path / "int8")).values())
+    assert all("quantized by" in str(found) for found in stumbling(verdicts(tmp_path / "int8")).values())
 
 
 @pytest.mark.parametrize("name", [path.stem for path in CONFIGS.glob("*.json")])
@@ -400,14 +400,14 @@ def test_a_tied_model(tmp_path):
         ("something", set()),
     ],
 )
-def test_quantised_folders(ours, edited, method, who):
+def test_quantized_folders(ours, edited, method, who):
     folder = edited(ours, quantization_config={"quant_method": method})
     found = verdicts(folder)
-    refuse = {name for name, each in found.items() if any(f"quantised by {method!r}" in what for what in said(each))}
+    refuse = {name for name, each in found.items() if any(f"quantized by {method!r}" in what for what in said(each))}
     assert refuse == {name for name in found if name != ITSELF} - who
 
 
-def test_our_own_quantised_folder(ours, tmp_path):
+def test_our_own_quantized_folder(ours, tmp_path):
     NemotronHForCausalLM.from_pretrained(ours, quantize="int4").save_pretrained(tmp_path)
     found = verdicts(tmp_path)
     assert found[ITSELF].reads and found["this package"].reads and not found["vLLM"].reads
