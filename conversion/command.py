@@ -6,9 +6,11 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
+from nemotron_h.checkpoints import formats
 from nemotron_h.checkpoints.writing import Conversion, convert
 
 
@@ -22,6 +24,12 @@ def arguments(
         "--dry-run", action="store_true", help="list every tensor and what it is made of; write nothing"
     )
     return parser
+
+
+def there_or_back(given: argparse.Namespace, to: str, **options: Any) -> Conversion:
+    """From a published folder into the format `to`; what is no such folder becomes one."""
+    published = formats.detect(given.source) == formats.HUGGINGFACE
+    return formats.conversion(given.source, to if published else formats.HUGGINGFACE, **options)
 
 
 def run(given: argparse.Namespace, make: Callable[[], Conversion]) -> None:

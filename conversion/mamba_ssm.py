@@ -5,20 +5,12 @@ python conversion/mamba_ssm.py mamba2-130m mamba2-130m-hf
 python conversion/mamba_ssm.py mamba2-130m-hf mamba2-130m-back
 """
 
-from command import arguments, run
-
-from nemotron_h.checkpoints import mamba_ssm
-from nemotron_h.checkpoints.writing import Conversion
+from command import arguments, run, there_or_back
 
 
 def main() -> None:
     given = arguments(__doc__, "a folder of either kind").parse_args()
-
-    def make() -> Conversion:
-        to_huggingface = mamba_ssm.recognises(given.source)
-        return (mamba_ssm.to_huggingface if to_huggingface else mamba_ssm.from_huggingface)(given.source)
-
-    run(given, make)
+    run(given, lambda: there_or_back(given, "mamba-ssm"))
 
 
 if __name__ == "__main__":

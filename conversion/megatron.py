@@ -6,10 +6,9 @@ python conversion/megatron.py nano-30b-tp4 nano-30b-back --dry-run
 python conversion/megatron.py my-nemo-run/weights my-run-hf --config nano-30b/config.json
 """
 
-from command import arguments, run
+from command import arguments, run, there_or_back
 
 from nemotron_h.checkpoints import formats
-from nemotron_h.checkpoints.writing import Conversion
 
 
 def main() -> None:
@@ -20,13 +19,8 @@ def main() -> None:
         number = name not in ("config", "experts")
         parser.add_argument("--" + name.replace("_", "-"), type=int if number else str, help=text)
     given = parser.parse_args()
-
-    def make() -> Conversion:
-        published = formats.detect(given.source) == formats.HUGGINGFACE
-        to = (given.to or "megatron") if published else formats.HUGGINGFACE
-        return formats.conversion(given.source, to, **{name: getattr(given, name) for name in options})
-
-    run(given, make)
+    chosen = {name: getattr(given, name) for name in options}
+    run(given, lambda: there_or_back(given, given.to or "megatron", **chosen))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from torch import Tensor
 from ..configuration import NemotronHConfig
 from . import published
 from .foreign import read_json
-from .tensors import Entry, Plan, SafetensorsFolder, Shape, Spec
+from .tensors import Entry, Plan, SafetensorsFolder, Shape, Spec, concatenated
 from .writing import Conversion, Done, convert, copy_companions, write_safetensors, write_text
 
 PREFIXES = ("model", "backbone")
@@ -301,7 +301,7 @@ class _Table:
         wrapper = ".base_layer" if projection == "up_proj" and len(projections) == 2 else ""
         A = [(f"{name}.lora_A.weight", (rank, inputs)) for name in names]
         B = [(f"{name}.lora_B.weight", (outputs, rank)) for name in names]
-        self._entry(f"{group}{wrapper}.lora_A.weight", A, _cat, (count * rank, inputs))
+        self._entry(f"{group}{wrapper}.lora_A.weight", A, concatenated, (count * rank, inputs))
         self._entry(f"{group}{wrapper}.lora_B.weight", B, _interleave, (outputs, rank * count))
         self.modules.append(_Module(parameter, rank, alpha, True))
 
@@ -494,10 +494,6 @@ def _restacked(experts_of: Callable[[Tensor], Tensor], stack: Callable[[Tensor],
 
 def _expert(experts_of: Callable[[Tensor], Tensor], expert: int, stacked: Tensor) -> Tensor:
     return experts_of(stacked)[expert]
-
-
-def _cat(*parts: Tensor) -> Tensor:
-    return torch.cat(parts)
 
 
 def _interleave(*parts: Tensor) -> Tensor:

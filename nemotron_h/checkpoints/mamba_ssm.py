@@ -32,7 +32,7 @@ from ..config_values import check_layers
 from ..configuration import NemotronHConfig
 from . import published, torch_files
 from .foreign import read_json
-from .tensors import Entry, Plan, SafetensorsFolder, Shape, Spec, Tensors
+from .tensors import Entry, Plan, SafetensorsFolder, Shape, Spec, Tensors, concatenated
 from .torch_files import TorchFile
 from .writing import SHARD_BYTES, Conversion, Done, copy_companions, into_folder, write_text
 
@@ -152,7 +152,7 @@ def from_huggingface(path: str | Path) -> Conversion:
         if stem.endswith(".q_proj"):
             layer = stem.removesuffix("q_proj")
             sources = {part: shapes[part] for part in (f"{layer}{p}_proj.{leaf}" for p in "qkv")}
-            name, make = f"{layer}in_proj.{leaf}", _concatenate
+            name, make = f"{layer}in_proj.{leaf}", concatenated
             shape = (sum(rows for rows, *_ in sources.values()), *shape[1:])
         name = name.replace(".o_proj.", ".out_proj.").replace("backbone.embeddings.", "backbone.embedding.")
         dtype = next((source.specs[part].dtype for part in sources if part in source.specs), torch.float32)
@@ -169,10 +169,6 @@ def from_huggingface(path: str | Path) -> Conversion:
         write_text(folder / "config.json", json.dumps(fields, indent=4) + "\n")
 
     return Conversion("mamba-ssm", plan, write)
-
-
-def _concatenate(*parts: Tensor) -> Tensor:
-    return torch.cat(parts)
 
 
 def _rows(start: int, stop: int, packed: Tensor) -> Tensor:

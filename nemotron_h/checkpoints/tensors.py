@@ -21,7 +21,7 @@ from torch import Tensor
 from ..sizes import DTYPES, Shape, Spec
 from .foreign import plain, weight_map
 
-__all__ = ["DTYPES", "Entry", "Plan", "SafetensorsFolder", "Shape", "Spec", "Tensors", "narrowed"]
+__all__ = ["DTYPES", "Entry", "Plan", "SafetensorsFolder", "Shape", "Spec", "Tensors", "concatenated", "narrowed"]
 
 
 class Tensors(Protocol):
@@ -141,6 +141,11 @@ class Entry:
         value = self.make(*parts) if self.make else parts[0]
         assert tuple(value.shape) == self.spec.shape, f"{self.name}: {tuple(value.shape)} is not {self.spec.shape}"
         return narrowed(value, self.spec.dtype, self.name).contiguous()
+
+
+def concatenated(*parts: Tensor) -> Tensor:
+    """The parts by rows; one alone is not copied."""
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def narrowed(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:

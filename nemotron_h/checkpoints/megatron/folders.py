@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from ...configuration import NemotronHConfig
 from ..foreign import below
 from ..published import PublishedFolder, tensors
 from ..tensors import Entry, Plan, Shape, Spec, Tensors
-from ..writing import Conversion, Done, copy_companions, into_folder
+from ..writing import SHARD_BYTES, Conversion, Done, copy_companions, into_folder
 from .arguments import Described, check_writable, describe, to_megatron_args
 from .names import Spelling, Weight, from_whole, padded_vocab, weights
 
@@ -37,61 +38,79 @@ IS_STATE: Reasons = {
 }
 
 
-class MegatronFolder(Tensors, Protocol):
+class MegatronFolder(ABC):
     """A Megatron checkpoint, read: `folder` is its iteration's, `args` are Megatron's arguments (None: not there)."""
 
+    path: Path
     folder: Path
     args: Any
+    specs: dict[str, Spec]
+    files: list[Path]
+    embeddings = "embedding.word_embeddings.weight"
+    ranks = 1
+    """That share out the rows of `embeddings`."""
 
-    @property
-    def rows(self) -> int:
-        """Of the padded embeddings; 0 where they are not there."""
+    @abstractmethod
+    def __init__(self, path: str | Path) -> None: ...
 
-    def names(self) -> Iterator[str]:
-        """The tensors, spelled as `Weight.names`."""
+    @abstractmethod
+    def read(self, name: str) -> Tensor: ...
 
+    @abstractmethod
+    def spelled(self, name: str) -> str:
+        """A tensor's name as in `Weight.names`."""
+
+    @abstractmethod
     def sources(self, weight: Weight, name: str) -> dict[str, Shape]:
         """The tensors that hold the weight that is called `name`."""
 
+    @abstractmethod
     def whole(self, weight: Weight, parts: tuple[Tensor, ...]) -> Tensor:
         """The weight over all ranks, of those tensors."""
 
+    @abstractmethod
     def reasons(self, plan: Plan) -> Reasons: ...
 
+    @classmethod
+    def to_huggingface(
+        cls,
+        path: str | Path,
+        config: str | Path | None = None,
+        vocab_size: int | None = None,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> Conversion:
+        """The published folder, of such a checkpoint.
 
-def to_published(
-    source: MegatronFolder, config: str | Path | None, vocab_size: int | None, shard_bytes: int
-) -> Conversion:
-    """The published folder. Its config is `config`, or the config.json beside the checkpoint, or what its Megatron
-    arguments say; `vocab_size` is for the last alone."""
-    beside = [source.path, source.folder, source.folder.parent]
-    described = describe(source.path, beside, source.args, config, vocab_size)
-    table = weights(described.config, max(source.rows, described.config.vocab_size))
-    plan = Plan(source, list(_published_entries(source, described.config, table)))
-    reasons = source.reasons(plan)
-    for name in plan.left_over():
-        if reason := next((reason for reason, applies in reasons.items() if applies(name)), None):
-            plan.unused[name] = reason
-    return into_folder(
-        plan,
-        described.write,
-        shard_bytes,
-        [described.config.to_json_string()],
-        beside=dict.fromkeys(reversed(beside)),
-        remarks=described.remarks,
-    )
+        Its config is `config`, or the config.json beside the checkpoint, or what its Megatron arguments say;
+        `vocab_size` is for the last alone.
 
+        Raises:
+            ValueError: no such checkpoint, files that cannot be read, no config or two that differ.
+        """
+        source = cls(path)
+        beside = [source.path, source.folder, source.folder.parent]
+        described = describe(source.path, beside, source.args, config, vocab_size)
+        embeddings = source.specs.get(cls.embeddings)
+        rows = embeddings.shape[0] * source.ranks if embeddings and embeddings.shape else 0
+        table = weights(described.config, max(rows, described.config.vocab_size))
+        plan = Plan(source, list(source._published_entries(described.config, table)))
+        reasons = source.reasons(plan)
+        for name in plan.left_over():
+            if reason := next((reason for reason, applies in reasons.items() if applies(name)), None):
+                plan.unused[name] = reason
+        places, options = dict.fromkeys(reversed(beside)), [described.config.to_json_string()]
+        return into_folder(plan, described.write, shard_bytes, options, beside=places, remarks=described.remarks)
 
-def _published_entries(source: MegatronFolder, config: NemotronHConfig, table: list[Weight]) -> Iterator[Entry]:
-    spelling, shapes = Spelling(source.names(), table), tensors(config)
-    for weight in table:
-        sources = source.sources(weight, spelling(weight))
-        for name in weight.of:
+    def _published_entries(self, config: NemotronHConfig, table: list[Weight]) -> Iterator[Entry]:
+        spelling, shapes = Spelling(map(self.spelled, self.specs), table), tensors(config)
+        for weight in table:
+            sources = self.sources(weight, spelling(weight))
+            for name in weight.of:
 
-            def make(*parts: Tensor, weight: Weight = weight, name: str = name) -> Tensor:
-                return from_whole(weight, config, name, source.whole(weight, parts))
+                def make(*parts: Tensor, weight: Weight = weight, name: str = name) -> Tensor:
+                    return from_whole(weight, config, name, self.whole(weight, parts))
 
-            yield Entry(name, common_spec(source, sources, shapes[name]), sources, make)
+                yield Entry(name, common_spec(self, sources, shapes[name]), sources, make)
 
 
 def from_published(

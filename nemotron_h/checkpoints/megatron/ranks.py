@@ -32,9 +32,9 @@ from .. import torch_files
 from ..foreign import shown
 from ..published import PublishedFolder, tensors
 from ..tensors import Entry, Plan, Shape, Spec
-from ..writing import SHARD_BYTES, Conversion, Done
+from ..writing import Conversion, Done
 from . import folders
-from .folders import IS_STATE, ITERATION, Reasons, common_spec, from_published, iteration_folders, to_published
+from .folders import IS_STATE, ITERATION, MegatronFolder, Reasons, common_spec, from_published, iteration_folders
 from .names import EXPERT_NAMES, TENSOR_PARALLEL, VOCAB_DIVISIBLE_BY, Weight, cut, join, rank_shape, to_whole
 
 OPTIONS = {
@@ -58,7 +58,7 @@ def _folder(path: Path) -> Path | None:
     return next((folder for folder in iteration_folders(path) if any(folder.glob("mp_rank_*"))), None)
 
 
-class RankFolders:
+class RankFolders(MegatronFolder):
     """The tensors of all ranks, as `mp_rank_XX/name`, their names without the prefix `module.`.
 
     `args` are Megatron's arguments, None where the files have none; `ranks` is their number.
@@ -66,6 +66,8 @@ class RankFolders:
     Raises:
         ValueError: other parallelism than of tensors, a rank that is not there, a file that cannot be read.
     """
+
+    embeddings = f"mp_rank_00/{MegatronFolder.embeddings}"
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -138,13 +140,8 @@ class RankFolders:
         rank, _, tensor = name.partition("/")
         return self._map(rank)[tensor]
 
-    @property
-    def rows(self) -> int:
-        spec = self.specs.get("mp_rank_00/embedding.word_embeddings.weight")
-        return spec.shape[0] * self.ranks if spec and spec.shape else 0
-
-    def names(self) -> Iterator[str]:
-        return (name.partition("/")[2] for name in self.specs)
+    def spelled(self, name: str) -> str:
+        return name.partition("/")[2]
 
     def sources(self, weight: Weight, name: str) -> dict[str, Shape]:
         ranks = (self.expert_parts if weight.expert else self.ranks) if weight.axis is not None else 1
@@ -159,18 +156,7 @@ class RankFolders:
         return {**IS_STATE, **same}
 
 
-def to_huggingface(
-    path: str | Path,
-    config: str | Path | None = None,
-    vocab_size: int | None = None,
-    shard_bytes: int = SHARD_BYTES,
-) -> Conversion:
-    """The published folder, of a checkpoint with a file per rank; see `folders.to_published`.
-
-    Raises:
-        ValueError: no such checkpoint, parallelism that is not read, no config or two that differ.
-    """
-    return to_published(RankFolders(path), config, vocab_size, shard_bytes)
+to_huggingface = RankFolders.to_huggingface
 
 
 def from_huggingface(

@@ -36,11 +36,11 @@ from torch import Tensor
 from ...files import atomic_write
 from ..foreign import inside, plain, read_json, shown, sound
 from ..published import PublishedFolder, tensors
-from ..tensors import Entry, Plan, Shape, Spec
+from ..tensors import Entry, Plan, Shape, Spec, concatenated
 from ..torch_files import Unpickler, load
 from ..writing import SHARD_BYTES, Conversion, Done, into_shards, write_text
 from . import folders
-from .folders import IS_STATE, ITERATION, Reasons, common_spec, from_published, iteration_folders, to_published
+from .folders import IS_STATE, ITERATION, MegatronFolder, Reasons, common_spec, from_published, iteration_folders
 from .names import VOCAB_DIVISIBLE_BY, Weight, to_whole
 
 OPTIONS = {
@@ -80,7 +80,7 @@ class _Chunk:
     length: int
 
 
-class DistFolder:
+class DistFolder(MegatronFolder):
     """The tensors of a torch_dist folder, without prefixes; experts in one tensor are read one at a time (`name[i]`).
 
     `args` are Megatron's arguments, None where the folder has none.
@@ -196,19 +196,14 @@ class DistFolder:
         assert result is not None, name
         return result.reshape(spec.shape)
 
-    @property
-    def rows(self) -> int:
-        spec = self.specs.get("embedding.word_embeddings.weight")
-        return spec.shape[0] if spec and spec.shape else 0
-
-    def names(self) -> Iterator[str]:
-        return (re.sub(r"\.(z|x|B|C|dt)$", "", name) for name in self.specs)
+    def spelled(self, name: str) -> str:
+        return re.sub(r"\.(z|x|B|C|dt)$", "", name)
 
     def sources(self, weight: Weight, name: str) -> dict[str, Shape]:
         return _shapes(weight, name)
 
     def whole(self, weight: Weight, parts: tuple[Tensor, ...]) -> Tensor:
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return concatenated(*parts)
 
     def reasons(self, plan: Plan) -> Reasons:
         return _REASONS
@@ -259,18 +254,7 @@ class _View(io.RawIOBase):
         return count
 
 
-def to_huggingface(
-    path: str | Path,
-    config: str | Path | None = None,
-    vocab_size: int | None = None,
-    shard_bytes: int = SHARD_BYTES,
-) -> Conversion:
-    """The published folder, of a torch_dist checkpoint; see `folders.to_published`.
-
-    Raises:
-        ValueError: no torch_dist checkpoint, files that cannot be read, no config or two that differ.
-    """
-    return to_published(DistFolder(path), config, vocab_size, shard_bytes)
+to_huggingface = DistFolder.to_huggingface
 
 
 def from_huggingface(
