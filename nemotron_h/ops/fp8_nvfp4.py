@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .conditions import compute_dtype, wants_gradient, without_autocast
-from .int8_int4 import _multiplied_in, _tiles
+from .conditions import compute_dtype
+from .packed import Format, dequantize, packed_experts_linear, packed_linear, tiles
 
 FP8, NVFP4 = "fp8", "nvfp4"
 GROUP = 16  # inputs that share a scale of NVFP4
@@ -34,7 +34,6 @@ _TABLE_PAYS = 2**16
 _PAIRS = {2: torch.int32, 4: torch.int64}  # an integer of two values of so many bytes
 
 
-@torch.no_grad()
 def dequantize_fp8(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The values (..., N, K) in `dtype`, exact or rounded once.
 
@@ -42,16 +41,9 @@ def dequantize_fp8(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         q: (..., N, K) float8_e4m3fn.
         scale: as many as there are matrices, in any shape.
     """
-    matrices = q.reshape(-1, *q.shape[-2:])
-    out = torch.empty(matrices.shape, dtype=dtype, device=q.device)
-    for matrix, one, values in zip(matrices, scale.reshape(-1), out, strict=True):
-        table = _fp8_table(one, dtype)
-        for here in _tiles(len(matrix), matrix.shape[1], q.device):
-            values[here] = _look_up_fp8(matrix[here], table)
-    return out.view(q.shape)
+    return dequantize((q, scale), q.shape[-1], dtype, FORMATS[FP8])
 
 
-@torch.no_grad()
 def dequantize_nvfp4(q: Tensor, block_scale: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The values (..., N, K) in `dtype`, exact or rounded once.
 
@@ -60,14 +52,7 @@ def dequantize_nvfp4(q: Tensor, block_scale: Tensor, scale: Tensor, dtype: torch
         block_scale: (..., N, K/16) float8_e4m3fn.
         scale: as many as there are matrices, in any shape.
     """
-    matrices, blocks = q.reshape(-1, *q.shape[-2:]), block_scale.reshape(-1, *block_scale.shape[-2:])
-    shape = (*q.shape[:-1], 2 * q.shape[-1])
-    out = torch.empty(len(matrices), *shape[-2:], dtype=dtype, device=q.device)
-    for matrix, block, one, values in zip(matrices, blocks, scale.reshape(-1), out, strict=True):
-        table = _nvfp4_table(matrix, one, dtype)
-        for here in _tiles(len(matrix), shape[-1], q.device):
-            values[here] = _look_up_nvfp4(matrix[here], block[here], one, dtype, table)
-    return out.view(shape)
+    return dequantize((q, block_scale, scale), 2 * q.shape[-1], dtype, FORMATS[NVFP4])
 
 
 @torch.no_grad()
@@ -84,7 +69,7 @@ def quantize_fp8(weight: Tensor, peak: float | None = None) -> tuple[Tensor, Ten
     """
     scale = fp8_scale(largest(weight) if peak is None else peak).to(weight.device)
     q = torch.empty(weight.shape, dtype=E4M3, device=weight.device)
-    for here in _tiles(len(weight), weight.shape[1], weight.device):
+    for here in tiles(len(weight), weight.shape[1], weight.device):
         # Clamped: what is off by a rounding at the end of the range would be NaN in this format.
         q[here] = (weight[here].to(compute_dtype(weight)) / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
     return q, scale
@@ -108,7 +93,7 @@ def quantize_nvfp4(weight: Tensor, peak: float | None = None) -> tuple[Tensor, T
     scale = nvfp4_scale(largest(weight) if peak is None else peak).to(weight.device)
     q = torch.empty(n, k // 2, dtype=torch.uint8, device=weight.device)
     block_scale = torch.empty(n, k // GROUP, dtype=E4M3, device=weight.device)
-    for here in _tiles(n, 4 * k, weight.device):  # several copies of a tile are worked with at once
+    for here in tiles(n, 4 * k, weight.device):  # several copies of a tile are worked with at once
         blocks = weight[here].to(compute_dtype(weight)).unflatten(-1, (-1, GROUP))
         exact = blocks.abs().amax(-1) / (E2M1_MAX * scale)
         exact = exact.masked_fill(exact == 0, 1).clamp_(_SMALLEST_SCALE, E4M3_MAX)
@@ -142,11 +127,9 @@ def largest(weight: Tensor) -> float:
 
 
 def low_precision_linear(x: Tensor, parts: tuple[Tensor, ...], bias: Tensor | None = None) -> Tensor:
-    """`F.linear(x, w, bias)` with w an FP8 or NVFP4 weight, of which no more than a tile is ever in floating point.
+    """`F.linear(x, w, bias)` with w an FP8 or NVFP4 weight (ops/packed.py).
 
-    The weight is a constant: the gradient goes to x and bias, and the backward makes the weight again. w is rounded to
-    x's dtype, so the product is that of the dequantised layer; it multiplies and sums as `quantized_linear` does.
-    Activations are not quantised. Autocast acts as on a linear layer.
+    w is rounded to x's dtype, so the product is that of the dequantised layer. Activations are not quantised.
 
     Args:
         x: (..., K), floating.
@@ -157,91 +140,39 @@ def low_precision_linear(x: Tensor, parts: tuple[Tensor, ...], bias: Tensor | No
 
     Raises: ValueError for an x of another width than the weight's.
     """
-    width = parts[0].shape[-1] * (1 if len(parts) == 2 else 2)
-    if x.shape[-1] != width:
-        raise ValueError(f"The input has {x.shape[-1]} features and the weight takes {width}: pass an input of those.")
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
-    x_RK = x.reshape(-1, width)
-    with without_autocast(x.device):
-        y_RN = _Linear.apply(x_RK, *parts) if wants_gradient(x) else _forward(x_RK, parts)
-    if bias is not None:
-        y_RN = y_RN + bias.to(y_RN.dtype)
-    return y_RN.view(*x.shape[:-1], y_RN.shape[-1])
+    return packed_linear(x, parts, bias, _format_of(parts))
 
 
 def low_precision_experts_linear(x_SK: Tensor, parts: tuple[Tensor, ...], expert_S: Tensor) -> Tensor:
-    """Each row times the weight of its own expert, one chosen expert after the other; the others are not touched.
-
-    Args:
-        x_SK: (S, K), rows in the order of their experts.
-        parts: as in `low_precision_linear`, each with E in front.
-        expert_S: (S,) integers in [0, E), ascending.
-
-    Returns: (S, N) in x's dtype.
-    """
-    if not len(x_SK):
-        return x_SK @ x_SK.new_zeros(x_SK.shape[1], parts[0].shape[1])
-    chosen, counts = expert_S.unique_consecutive(return_counts=True)
-    rows = x_SK.split(counts.tolist())
-    y = [
-        low_precision_linear(row, tuple(part[expert] for part in parts))
-        for expert, row in zip(chosen.tolist(), rows, strict=True)
-    ]
-    return torch.cat(y)
+    """`packed_experts_linear` with the parts of `low_precision_linear`, each with E in front."""
+    return packed_experts_linear(x_SK, parts, expert_S, _format_of(parts))
 
 
-class _Linear(torch.autograd.Function):
-    """`_forward` with a gradient for x that keeps the packed weight alone."""
+class _FP8(Format):
+    name = "FP8"
 
-    @staticmethod
-    def forward(ctx: Any, x_RK: Tensor, *parts: Tensor) -> Tensor:
-        ctx.save_for_backward(*parts)
-        return _forward(x_RK, parts)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_RN: Tensor) -> tuple[Tensor | None, ...]:
-        parts = ctx.saved_tensors
-        with without_autocast(grad_RN.device):
-            return _backward(grad_RN, parts), *(None for _ in parts)
+    def rows(self, parts: tuple[Tensor, ...], x_dtype: torch.dtype, dtype: torch.dtype) -> Callable[[slice], Tensor]:
+        q, scale = parts
+        table = _fp8_table(scale.reshape(()), x_dtype)
+        return lambda here: _look_up_fp8(q[here], table).to(dtype)
 
 
-@torch.no_grad()
-def _forward(x_RK: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
-    dtype = _multiplied_in(x_RK)
-    values, tiles = _rows(parts, x_RK.dtype)
-    multiplied = x_RK.to(dtype)
-    y_RN = x_RK.new_empty(len(x_RK), len(parts[0]))
-    for here in tiles:
-        y_RN[:, here] = multiplied @ values(here).to(dtype).t()
-    return y_RN
+class _NVFP4(Format):
+    name, inputs = "NVFP4", 2
+    ends = ("", "_scale", "_scale_2")
+
+    def rows(self, parts: tuple[Tensor, ...], x_dtype: torch.dtype, dtype: torch.dtype) -> Callable[[slice], Tensor]:
+        q, block_scale, scale = parts
+        scale = scale.reshape(())
+        pairs = _nvfp4_table(q, scale, x_dtype)
+        return lambda here: _look_up_nvfp4(q[here], block_scale[here], scale, x_dtype, pairs).to(dtype)
 
 
-@torch.no_grad()
-def _backward(grad_RN: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
-    dtype = _multiplied_in(grad_RN)
-    values, tiles = _rows(parts, grad_RN.dtype)
-    # Summed over the tiles, so in more than half precision.
-    width = parts[0].shape[-1] * (1 if len(parts) == 2 else 2)
-    grad_RK = grad_RN.new_zeros(len(grad_RN), width, dtype=compute_dtype(grad_RN))
-    for here in tiles:
-        grad_RK += grad_RN[:, here].to(dtype) @ values(here).to(dtype)
-    return grad_RK.to(grad_RN.dtype)
+FORMATS: dict[str, Format] = {FP8: _FP8(), NVFP4: _NVFP4()}
 
 
-def _rows(parts: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Any, Any]:
-    """How to read some rows of one weight, and the slices to read it in."""
-    q, scale = parts[0], parts[-1].reshape(())
-    if len(parts) == 2:
-        table = _fp8_table(scale, dtype)
-        return lambda here: _look_up_fp8(q[here], table), _tiles(len(q), q.shape[1], q.device)
-    pairs = _nvfp4_table(q, scale, dtype)
-    return (
-        lambda here: _look_up_nvfp4(q[here], parts[1][here], scale, dtype, pairs),
-        _tiles(len(q), 2 * q.shape[1], q.device),
-    )
+def _format_of(parts: tuple[Tensor, ...]) -> Format:
+    return FORMATS[FP8 if len(parts) == 2 else NVFP4]
 
 
 def _fp8_table(scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,15 +14,15 @@ that meet an expert each, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import conditions, native
-from .conditions import compute_dtype, is_slow, wants_gradient, without_autocast
+from .conditions import compute_dtype
+from .packed import Format, dequantize, packed_experts_linear, packed_linear, tiles
 
 BITS = (8, 4)
 GROUP = 32  # inputs that share an int4 scale
@@ -30,16 +30,10 @@ BLOCK = 64  # inputs that are packed together
 
 # What the weight of largest magnitude in a group is divided by for a scale: negative where it goes to q = 0, positive
 # where it goes to q = 15. -8 is llama.cpp's q4_0 and 7 the symmetric grid; the others were added one by one, each time
-# the one that lowers the error most. Squared error of Gaussian weights: 0.74% with -8 alone, 0.66% with these, 0.65%
-# with eighty.
+# the one that lowers the error most; ten times as many lower it by a hundredth more.
 _DIVISORS = (-8.0, 7.0, -8.5, -7.75, -8.25, -8.75, -7.25, -9.0)
 
-# Weights that are in floating point at once: 4 MB of float32 on a CPU; 16 elsewhere, where the number of kernels counts
-# (not measured). On one Zen 3 core, a million int4 weights take 0.8 ms in tiles of 2^20, 1.2 of 2^21 and 10 of 2^23.
-_TILE = {"cpu": 2**20}
-_TILE_ELSEWHERE = 2**22
-# With more rows than this, multiplying tile by tile in float32 is faster. Measured on one Zen 3 core, 2048 inputs:
-# 0.11 against 0.35 ms at 1 row, 0.38 against 0.65 at 8, 0.76 against 0.86 at 16, 1.52 against 1.22 at 32.
+# With more rows than this, multiplying tile by tile in float32 is faster than torch's own int8 product.
 _PACKED_ROWS = 16
 
 
@@ -84,7 +78,7 @@ def quantize_weight(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     q = torch.empty(len(rows_NK), *q_shape[1:], dtype=dtypes[0], device=weight.device)
     scale = torch.empty(len(rows_NK), *scale_shape[1:], dtype=dtypes[1], device=weight.device)
     finite = torch.ones((), dtype=torch.bool, device=weight.device)
-    for here in _tiles(len(rows_NK), 4 * k, weight.device):  # several copies of a tile are worked with at once
+    for here in tiles(len(rows_NK), 4 * k, weight.device):  # several copies of a tile are worked with at once
         tile_NK = rows_NK[here].to(compute_dtype(weight))
         q[here], scale[here], peaks = _quantize_int8(tile_NK) if bits == 8 else _quantize_int4(tile_NK)
         finite &= peaks.isfinite().all()
@@ -103,21 +97,11 @@ def dequantize_weight(q: Tensor, scale: Tensor, bits: int, in_features: int, dty
         q, scale: as `quantize_weight` gives them, or with leading dimensions taken off.
         in_features: K, which int4's packing does not tell.
     """
-    lead = q.shape[:-1]
-    q_NL, scale_N = q.reshape(-1, q.shape[-1]), scale.reshape(-1, *scale.shape[q.dim() - 1 :])
-    out_NK = torch.empty(len(q_NL), in_features, dtype=dtype, device=q.device)
-    for here in _tiles(len(q_NL), in_features, q.device):
-        w_NJ = _dequantize_rows(q_NL[here], scale_N[here], bits, dtype)
-        out_NK[here] = _from_packed_order(w_NJ, in_features) if bits == 4 else w_NJ
-    return out_NK.view(*lead, in_features)
+    return dequantize((q, scale), in_features, dtype, FORMATS[bits])
 
 
 def quantized_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
-    """`F.linear(x, w, bias)` with w the quantised weight, of which no more than a tile is ever in floating point.
-
-    The weight is a constant: the gradient goes to x and bias, and the backward makes the weight again from q and scale
-    where it would otherwise keep it. Multiplies in x's dtype, half precision on a CPU without instructions for it in
-    float32, which is several times faster; sums in float32 (float64 for float64). Autocast acts as on a linear layer.
+    """`F.linear(x, w, bias)` with w the quantised weight (ops/packed.py).
 
     Args:
         x: (..., K), floating.
@@ -129,20 +113,7 @@ def quantized_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, b
     Raises: ValueError for a number of bits other than 8 and 4, and for an x of another width than the weight's.
     """
     _check_bits(bits)
-    if (bits == 8 and x.shape[-1] != q.shape[-1]) or (bits == 4 and -(-x.shape[-1] // BLOCK) * 8 != q.shape[-1]):
-        raise ValueError(
-            f"The input has {x.shape[-1]} features and the int{bits} weight takes another number (it is stored as "
-            f"{tuple(q.shape)}): pass an input of the weight's in_features."
-        )
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
-    x_RK = x.reshape(-1, x.shape[-1])
-    with without_autocast(x.device):
-        y_RN = _Linear.apply(x_RK, q, scale, bits) if wants_gradient(x) else _forward(x_RK, q, scale, bits)
-    if bias is not None:
-        y_RN = y_RN + bias.to(y_RN.dtype)
-    return y_RN.view(*x.shape[:-1], y_RN.shape[-1])
+    return packed_linear(x, (q, scale), bias, FORMATS[bits])
 
 
 def quantized_experts_linear(x_SK: Tensor, q_ENK: Tensor, scale: Tensor, expert_S: Tensor) -> Tensor:
@@ -158,58 +129,38 @@ def quantized_experts_linear(x_SK: Tensor, q_ENK: Tensor, scale: Tensor, expert_
     Returns: (S, N) in x's dtype (in autocast's, where it is on).
     """
     bits = 8 if q_ENK.dtype == torch.int8 else 4
-    if not len(x_SK):
-        return x_SK @ x_SK.new_zeros(x_SK.shape[1], q_ENK.shape[1])
     if conditions.packed_experts(x_SK, q_ENK, scale, expert_S):
         return native.linear(x_SK, q_ENK, scale, expert_S)
     order_S = expert_S.argsort(stable=True)
-    chosen, counts = expert_S[order_S].unique_consecutive(return_counts=True)
-    parts = x_SK[order_S].split(counts.tolist())
-    y = [
-        quantized_linear(part, q_ENK[expert], scale[expert], None, bits)
-        for expert, part in zip(chosen.tolist(), parts, strict=True)
-    ]
-    return torch.cat(y)[order_S.argsort()]
+    return packed_experts_linear(x_SK[order_S], (q_ENK, scale), expert_S[order_S], FORMATS[bits])[order_S.argsort()]
 
 
-class _Linear(torch.autograd.Function):
-    """`_forward` with a gradient for x that keeps q and scale alone."""
+class _Int8(Format):
+    name, bits = "int8", 8
 
-    @staticmethod
-    def forward(ctx: Any, x_RK: Tensor, q: Tensor, scale: Tensor, bits: int) -> Tensor:
-        ctx.save_for_backward(q, scale)
-        ctx.bits, ctx.in_features = bits, x_RK.shape[-1]
-        return _forward(x_RK, q, scale, bits)
+    def rows(self, parts: tuple[Tensor, ...], x_dtype: torch.dtype, dtype: torch.dtype) -> Callable[[slice], Tensor]:
+        q, scale = parts
+        return lambda here: _dequantize_rows(q[here], scale[here], self.bits, dtype)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_RN: Tensor) -> tuple[Tensor, None, None, None]:
-        q, scale = ctx.saved_tensors
-        with without_autocast(grad_RN.device):
-            return _backward(grad_RN, q, scale, ctx.bits, ctx.in_features), None, None, None
+    def few_rows(self, x_RK: Tensor, parts: tuple[Tensor, ...]) -> Tensor | None:
+        q, scale = parts
+        return _few_rows(x_RK, q, scale, self.bits)
 
 
-def _forward(x_RK: Tensor, q: Tensor, scale: Tensor, bits: int) -> Tensor:
-    y_RN = _few_rows(x_RK, q, scale, bits)
-    if y_RN is not None:
-        return y_RN
-    dtype = _multiplied_in(x_RK)
-    x_RJ = _to_packed_order(x_RK.to(dtype)) if bits == 4 else x_RK.to(dtype)
-    y_RN = x_RK.new_empty(len(x_RK), len(q))
-    for here in _tiles(len(q), x_RJ.shape[-1], q.device):
-        y_RN[:, here] = x_RJ @ _dequantize_rows(q[here], scale[here], bits, dtype).t()
-    return y_RN
+class _Int4(_Int8):
+    name, bits, inputs = "int4", 4, 8
+
+    def columns(self, in_features: int) -> int:
+        return -(-in_features // BLOCK) * BLOCK
+
+    def ordered(self, x_RK: Tensor) -> Tensor:
+        return _to_packed_order(x_RK)
+
+    def restored(self, x_RJ: Tensor, in_features: int) -> Tensor:
+        return _from_packed_order(x_RJ, in_features)
 
 
-def _backward(grad_RN: Tensor, q: Tensor, scale: Tensor, bits: int, in_features: int) -> Tensor:
-    dtype = _multiplied_in(grad_RN)
-    # Summed over the tiles, so in more than half precision.
-    sum_dtype = compute_dtype(grad_RN)
-    grad_RJ = grad_RN.new_zeros(len(grad_RN), in_features if bits == 8 else q.shape[-1] * 8, dtype=sum_dtype)
-    for here in _tiles(len(q), grad_RJ.shape[-1], q.device):
-        grad_RJ += grad_RN[:, here].to(dtype) @ _dequantize_rows(q[here], scale[here], bits, dtype)
-    grad_RK = _from_packed_order(grad_RJ, in_features) if bits == 4 else grad_RJ
-    return grad_RK.to(grad_RN.dtype)
+FORMATS: dict[int, Format] = {8: _Int8(), 4: _Int4()}
 
 
 def _few_rows(x_RK: Tensor, q: Tensor, scale: Tensor, bits: int) -> Tensor | None:
@@ -219,14 +170,13 @@ def _few_rows(x_RK: Tensor, q: Tensor, scale: Tensor, bits: int) -> Tensor | Non
     float32. It takes whole vectors of inputs alone: with 20 of them it is wrong, with 33 it crashes. In float32 it is
     slow.
     """
-    rows = len(x_RK)
     if conditions.packed_linear(x_RK, q, scale):
         return native.linear(x_RK, q, scale)
     if (
         bits == 8
         and x_RK.device.type == "cpu"
         and x_RK.dtype == torch.bfloat16
-        and 0 < rows <= _PACKED_ROWS
+        and 0 < x_RK.shape[0] <= _PACKED_ROWS
         and x_RK.shape[-1] % 32 == 0
         and q.is_contiguous()
         and not torch.compiler.is_compiling()
@@ -299,18 +249,6 @@ def _to_packed_order(x_RK: Tensor) -> Tensor:
 def _from_packed_order(x_RJ: Tensor, in_features: int) -> Tensor:
     x_RBtih = x_RJ.view(len(x_RJ), 2, 4, -1, 8).permute(0, 3, 2, 4, 1)
     return x_RBtih.reshape(len(x_RJ), -1)[:, :in_features]
-
-
-def _tiles(rows: int, width: int, device: torch.device) -> Iterator[slice]:
-    """All the rows, a few at a time."""
-    step = max(1, _TILE.get(device.type, _TILE_ELSEWHERE) // max(1, width))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
-
-
-def _multiplied_in(x: Tensor) -> torch.dtype:
-    slow = x.device.type == "cpu" and (x.dtype == torch.float16 or is_slow(x.dtype))
-    return torch.float32 if slow else x.dtype
 
 
 def _check_bits(bits: int) -> None:

@@ -5,34 +5,38 @@
 
 Quantised are the linear layers and the routed experts. Embeddings, norms, convolutions, the router, A_log, D, dt_bias,
 classification heads and multi-token prediction never are, the language-modelling head only where it is asked for. The
-formats are those of `ops/quantized.py`. On disk a weight `x.weight` is `x.weight` and `x.weight_scale`, under its
+formats are those of `ops/int8_int4.py`. On disk a weight `x.weight` is `x.weight` and `x.weight_scale`, under its
 published name, and experts are one by one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils import is_torchao_available
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import ops
 from ..configuration import NemotronHConfig
 from ..layers.moe import NemotronHExperts
-from ..ops.int8_int4 import packed_dtypes, packed_shapes
+from ..ops.int8_int4 import FORMATS, packed_dtypes, packed_shapes
+from ..ops.packed import Format
+from .packed import (
+    PROJECTIONS,
+    PackedExperts,
+    PackedLinear,
+    PackedQuantizer,
+    PackedWeights,
+    hub_arguments,
+    register_method,
+    wrong_shape,
+)
 
 QUANT_METHOD = "nemotron_h_weight_only"
 BITS = {"int8": 8, "int4": 4}
@@ -79,42 +83,28 @@ class NemotronHQuantizationConfig(QuantizationConfigMixin):
         self.include_output_embeddings = include_output_embeddings
 
 
-class _PackedWeights(nn.Module):
-    """Parameters that are integers with their scales: not trained, and not cast with the rest of the model."""
-
-    # transformers draws what a checkpoint lacks, before `from_pretrained` refuses it, and cannot draw integers.
-    _is_hf_initialized = True
+class _Integers(PackedWeights):
     bits: int
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        scales = {id(tensor) for name, tensor in self.named_parameters(recurse=False) if name.endswith("_scale")}
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            new = fn(tensor)
-            return tensor.to(new.device) if id(tensor) in scales and new.dtype != tensor.dtype else new
-
-        return super()._apply(keep_dtype, recurse)
-
-    def weights(self) -> dict[str, tuple[int, ...]]:
-        """The names of the quantised weights, each with the shape it had: (N, K) or (E, N, K)."""
-        raise NotImplementedError
+    @property
+    def format(self) -> Format:
+        return FORMATS[self.bits]
 
     def _make(self, bits: int, packed: bool, dtype: torch.dtype | None, device: Any) -> None:
         """Empty parameters: of the packed weights, or, until those are made from the plain ones, of the plain ones."""
-        dtype = dtype or torch.get_default_dtype()
+        self.bits = bits
         for name, (*lead, n, k) in self.weights().items():
             q_shape, scale_shape = packed_shapes(bits, n, k)
             q_dtype, scale_dtype = packed_dtypes(bits)
-            shape, kind = ((*lead, *q_shape), q_dtype) if packed else ((*lead, n, k), dtype)
-            for suffix, size, of in (("", shape, kind), ("_scale", (*lead, *scale_shape), scale_dtype)):
-                empty = torch.empty(size, dtype=of, device=device)
-                setattr(self, name + suffix, nn.Parameter(empty, requires_grad=False))
+            shape, kind = (q_shape, q_dtype) if packed else ((n, k), dtype or torch.get_default_dtype())
+            self._hold(name, (*lead, *shape), kind, device)
+            self._hold(f"{name}_scale", (*lead, *scale_shape), scale_dtype, device)
 
 
-class QuantizedLinear(_PackedWeights, nn.Linear):
-    """A linear layer whose `weight` is packed integers and `weight_scale` their scales. LoRA goes on top of it."""
+class QuantizedLinear(_Integers, PackedLinear):
+    """A linear layer whose `weight` is packed integers and `weight_scale` their scales."""
 
-    readable_weight = True  # by decoding.py, in place of a call
+    readable_weight = True  # by layers/fused.py, in place of a call
     weight_scale: Tensor
 
     def __init__(
@@ -128,68 +118,17 @@ class QuantizedLinear(_PackedWeights, nn.Linear):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        super().__init__(in_features, out_features)
         self._make(bits, packed, dtype, device)
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
-
-    def weights(self) -> dict[str, tuple[int, ...]]:
-        return {"weight": (self.out_features, self.in_features)}
-
-    def reset_parameters(self) -> None:
-        """Nothing: there is no initialisation in integers."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.quantized_linear(x, self.weight, self.weight_scale, self.bias, self.bits)
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight it stands for, (N, K); float32 unless told."""
-        return ops.dequantize_weight(
-            self.weight, self.weight_scale, self.bits, self.in_features, dtype or torch.float32
-        )
-
-    @property
-    def W_q(self) -> Tensor:
-        """The name by which PEFT knows (HQQ's) layers that have a `dequantize()`: DoRA needs the weight's norm."""
-        return self.weight
+        made = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", made)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}"
 
 
-class PackedExperts(_PackedWeights):
-    """`NemotronHExperts` with packed weights, of which only the chosen experts' are read. A subclass multiplies."""
-
-    act_fn: nn.Module
-
-    def multiply(self, weight: str, x_SK: Tensor, experts_S: Tensor) -> Tensor:
-        """Each row by its expert's "up_proj" or "down_proj": (S, N). Rows of one expert are next to each other."""
-        raise NotImplementedError
-
-    def forward(
-        self,
-        x_TD: Tensor,
-        indices_Tk: Tensor,
-        weights_Tk: Tensor,
-        multiply: Callable[[str, Tensor, Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        """Each token through its k experts, summed by weight: (T, D). Adapters have a `multiply` of their own."""
-        multiply = multiply or self.multiply
-        experts_S = indices_Tk.flatten()
-        order_S = experts_S.argsort(stable=True)
-        experts_S, token_S = experts_S[order_S], order_S // indices_Tk.shape[1]
-        hidden = multiply("up_proj", x_TD[token_S], experts_S)
-        y_SD = multiply("down_proj", self.act_fn(hidden), experts_S)
-        y_SD = y_SD * weights_Tk.flatten()[order_S, None]
-        out_TD = torch.zeros_like(x_TD, dtype=weights_Tk.dtype).index_add(0, token_S, y_SD.to(weights_Tk.dtype))
-        return out_TD.to(x_TD.dtype)
-
-
-class QuantizedExperts(PackedExperts):
-    """Experts in int8 or int4, in the formats of `ops/quantized.py`."""
+class QuantizedExperts(_Integers, PackedExperts):
+    """Experts in int8 or int4."""
 
     up_proj: Tensor
     up_proj_scale: Tensor
@@ -210,18 +149,17 @@ class QuantizedExperts(PackedExperts):
     ):
         super().__init__()
         self.num_experts, self.width, self.intermediate_size = num_experts, width, intermediate_size
-        self.bits, self.act_fn = bits, act_fn
+        self.act_fn = act_fn
         self._make(bits, packed, dtype, device)
 
     def weights(self) -> dict[str, tuple[int, ...]]:
-        return {
-            "up_proj": (self.num_experts, self.intermediate_size, self.width),
-            "down_proj": (self.num_experts, self.width, self.intermediate_size),
-        }
+        inner, width = self.intermediate_size, self.width
+        shapes = (self.num_experts, inner, width), (self.num_experts, width, inner)
+        return dict(zip(PROJECTIONS, shapes, strict=True))
 
     def multiply(self, weight: str, x_SK: Tensor, experts_S: Tensor) -> Tensor:
-        q, scale = self._parameters[weight], self._parameters[f"{weight}_scale"]
-        return ops.quantized_experts_linear(x_SK, q, scale, experts_S)  # type: ignore[arg-type]
+        q, scale = self.parts(weight)
+        return ops.quantized_experts_linear(x_SK, q, scale, experts_S)
 
     def extra_repr(self) -> str:
         sizes = f"num_experts={self.num_experts}, width={self.width}, intermediate_size={self.intermediate_size}"
@@ -252,44 +190,25 @@ class _Quantize(ConversionOps):
         return {full_layer_name: q, f"{full_layer_name}_scale": scale}
 
 
-class NemotronHQuantizer(HfQuantizer):
-    """Puts packed modules in the place of plain ones before the weights are read, and makes the packed weights from the
-    plain ones, tensor by tensor, where the checkpoint is not quantised yet."""
-
-    requires_calibration = False
-    quantization_config: Any
+class NemotronHQuantizer(PackedQuantizer):
+    """Makes the packed weights from the plain ones, tensor by tensor, where the checkpoint is not quantised yet."""
 
     def __init__(self, quantization_config: NemotronHQuantizationConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.problems: list[str] = []
         self._pairs: list[tuple[WeightConverter, WeightConverter]] = []
-        self._expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
 
-    def is_serializable(self, **_: Any) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """With adapters: the packed weights themselves stay as they are."""
-        return True
-
-    def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
-        if isinstance(device_map, dict):
-            self._check_disk(device_map)
-        return device_map
-
-    def _check_disk(self, device_map: dict[str, Any]) -> None:
-        on_disk = [name for name, device in device_map.items() if device == "disk"]
-        if on_disk and not self.pre_quantized:
-            raise ValueError(
-                f"device_map puts {on_disk[0]!r} on disk, where a model that is being quantised cannot go: save it "
-                "quantised first (`nemotron-h quantize`), and load that."
-            )
+    def _made_on_loading(self) -> str:
+        if self.pre_quantized:
+            return ""
+        return (
+            "a model that is being quantised cannot go: save it quantised first (`nemotron-h quantize`), and load that."
+        )
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         module, _dot, name = param_name.rpartition(".")
         packed = model.get_submodule(module)
-        return not self.pre_quantized and isinstance(packed, _PackedWeights) and name in packed.weights()
+        return not self.pre_quantized and isinstance(packed, _Integers) and name in packed.weights()
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         if self.param_needs_quantization(model, param_name):
@@ -299,66 +218,35 @@ class NemotronHQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+    def replacements(self, model: Any, **loading: Any) -> Iterator[tuple[str, nn.Module]]:
         config = self.quantization_config
         if config.include_output_embeddings and model.config.tie_word_embeddings:
             raise ValueError(
                 "include_output_embeddings=True, but the head of this model is its embedding table "
                 "(tie_word_embeddings=True), which is not quantised: leave include_output_embeddings out."
             )
-        for name, module in list(_to_quantize(model, config, check=not self.pre_quantized)):
-            model.set_submodule(name, _packed(module, config.bits, packed=self.pre_quantized))
-        self._expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
-        return model
+        for name, module in _to_quantize(model, config, check=not self.pre_quantized):
+            yield name, _packed(module, config.bits, packed=self.pre_quantized)
 
-    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        self._check_disk(getattr(model, "hf_device_map", None) or {})
-        source = model.config.name_or_path
+    def check_read(self, model: Any, source: Any) -> None:
         if self.problems:
             raise ValueError(f"{source} cannot be quantised: {self.problems[0]}")
         for name, module in model.named_modules():
-            if isinstance(module, _PackedWeights):
+            if isinstance(module, _Integers):
                 _check_packed(name, module, source)
-                for parameter in module.parameters(recurse=False):
-                    if parameter is not getattr(module, "bias", None):
-                        parameter.requires_grad_(False)
-        self._settle(model, source)
-        self._save_scales(model)
-        return model
 
-    def _settle(self, model: Any, source: str) -> None:
-        """To transformers 5.17, the plain tensors of a quantised checkpoint are right in any dtype and any shape."""
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            module, _, parameter = name.rpartition(".")
-            packed = model.get_submodule(module)
-            if isinstance(packed, _PackedWeights) and parameter != "bias":
-                continue
-            shape, dtype = self._expected.get(name, (tensor.shape, tensor.dtype))
-            if tensor.shape != shape:
-                raise ValueError(_wrong_shape(source, name, tensor.shape, shape))
-            if tensor.dtype != dtype and tensor.device.type != "meta":
-                tensor.data = tensor.data.to(dtype)
+    def finish(self, model: Any, source: Any) -> Any:
+        """Saving turns back the conversions that loading used: where the scales were made here, theirs was not."""
+        if (used := getattr(model, "_weight_conversions", None)) is not None:
+            missing = [scales for values, scales in self._pairs if values in used and scales not in used]
+            model._weight_conversions = [*used, *missing]
+        return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """With the experts' converters, one for each that does the same with their scales."""
         converters = [conversion for conversion in weight_conversions if isinstance(conversion, WeightConverter)]
         self._pairs = [(converter, _for_scales(converter)) for converter in converters]
         return [*weight_conversions, *(scales for _values, scales in self._pairs)]
-
-    def _save_scales(self, model: Any) -> None:
-        """Saving turns back the conversions that loading used: where the scales were made here, theirs was not."""
-        if (used := getattr(model, "_weight_conversions", None)) is not None:
-            missing = [scales for values, scales in self._pairs if values in used and scales not in used]
-            model._weight_conversions = [*used, *missing]
-
-    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        if isinstance(dtype, str):  # as saving leaves it in the config
-            dtype = getattr(torch, dtype)
-        dtype = dtype or model.dtype
-        for name, module in list(model.named_modules()):
-            if isinstance(module, _PackedWeights):
-                model.set_submodule(name, _plain(module, model.config, dtype))
-        return model.to(dtype)
 
 
 def _for_scales(converter: WeightConverter) -> WeightConverter:
@@ -385,7 +273,7 @@ def _to_quantize(model: Any, config: NemotronHQuantizationConfig, check: bool) -
     always = [_compile(name) for name in (*_NEVER, *heads, *(() if config.include_output_embeddings else (_HEAD,)))]
     for canonical, name in names.items():
         module = model.get_submodule(name)
-        linear = isinstance(module, nn.Linear) and not isinstance(module, _PackedWeights)
+        linear = isinstance(module, nn.Linear) and not isinstance(module, PackedWeights)
         if linear or isinstance(module, NemotronHExperts):
             if not any(expression.search(canonical) for expression in (*left_out, *always)):
                 yield name, module
@@ -406,7 +294,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
         ) from None
 
 
-def _packed(module: Any, bits: int, packed: bool) -> _PackedWeights:
+def _packed(module: Any, bits: int, packed: bool) -> PackedWeights:
     """The packed module, still empty, for a plain one."""
     if isinstance(module, NemotronHExperts):
         _experts, inner, width = module.up_proj.shape
@@ -420,24 +308,7 @@ def _packed(module: Any, bits: int, packed: bool) -> _PackedWeights:
     )  # fmt: skip
 
 
-def _plain(module: Any, config: NemotronHConfig, dtype: torch.dtype) -> nn.Module:
-    """The plain module with the weights that a packed one stands for."""
-    with torch.device("meta"):
-        if isinstance(module, QuantizedExperts):
-            plain: Any = NemotronHExperts(config)
-        else:
-            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-    for name, shape in module.weights().items():
-        q, scale = getattr(module, name), getattr(module, f"{name}_scale")
-        weight = ops.dequantize_weight(q, scale, module.bits, shape[-1], dtype)
-        setattr(plain, name, nn.Parameter(weight))
-    if getattr(module, "bias", None) is not None:
-        plain.bias = module.bias
-    plain.train(module.training)
-    return plain
-
-
-def _check_packed(name: str, module: _PackedWeights, source: str) -> None:
+def _check_packed(name: str, module: _Integers, source: str) -> None:
     bits = module.bits
     for weight, (*lead, n, k) in module.weights().items():
         q_shape, scale_shape = packed_shapes(bits, n, k)  # type: ignore[arg-type]
@@ -445,17 +316,10 @@ def _check_packed(name: str, module: _PackedWeights, source: str) -> None:
         if q.is_floating_point() and q.shape == (*lead, n, k):
             continue  # the checkpoint has none, which `from_pretrained` says
         if q.is_floating_point():
-            raise ValueError(_wrong_shape(source, f"{name}.{weight}", q.shape, (*lead, n, k)))
+            raise ValueError(wrong_shape(source, f"{name}.{weight}", q.shape, (*lead, n, k)))
         for suffix, found, expected in (("", q, q_shape), ("_scale", scale, scale_shape)):
             if found.shape != (*lead, *expected):
-                raise ValueError(_wrong_shape(source, f"{name}.{weight}{suffix}", found.shape, (*lead, *expected)))
-
-
-def _wrong_shape(source: Any, name: str, found: Any, expected: Any) -> str:
-    return (
-        f"{source} has {name} with shape {tuple(found)} where its config asks for {tuple(expected)}: correct "
-        "config.json, or fetch the checkpoint again."
-    )
+                raise ValueError(wrong_shape(source, f"{name}.{weight}{suffix}", found.shape, (*lead, *expected)))
 
 
 def weight_bytes(config: NemotronHConfig, quantization_config: NemotronHQuantizationConfig) -> tuple[int, int]:
@@ -514,9 +378,7 @@ def _read_config(source: Any, arguments: dict[str, Any]) -> NemotronHConfig:
     config = arguments.get("config")
     if isinstance(config, NemotronHConfig):
         return config
-    hub = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-    given = {name: arguments[name] for name in hub if name in arguments}
-    return NemotronHConfig.from_pretrained(source if config is None else config, **given)
+    return NemotronHConfig.from_pretrained(source if config is None else config, **hub_arguments(arguments))
 
 
 def _all_on_cuda(device_map: Any) -> bool:
@@ -546,10 +408,7 @@ def _torchao(quantize: str, dtype: Any) -> QuantizationConfigMixin | None:
 
 def register() -> None:
     """Make `transformers` know the method (again: nothing)."""
-    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(QUANT_METHOD)(NemotronHQuantizationConfig)
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(QUANT_METHOD)(NemotronHQuantizer)
+    register_method(QUANT_METHOD, NemotronHQuantizationConfig, NemotronHQuantizer)
 
 
 register()

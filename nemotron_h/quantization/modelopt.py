@@ -3,7 +3,7 @@
     from_pretrained(name)                         plain weights, in the dtype that is asked for; saved as a plain folder
     from_pretrained(name, quantized="packed")     packed weights, dequantised where they are used; saved as they were
 
-Formats, names on disk and how modules are told apart: `checkpoints/modelopt.py`; arithmetic: `ops/low_precision.py`.
+Formats, names on disk and how modules are told apart: `checkpoints/modelopt.py`; arithmetic: `ops/fp8_nvfp4.py`.
 In memory a packed linear layer has `weight`, `weight_scale`, `weight_scale_2` and `input_scale` as on disk; experts are
 stacked: `up_proj`, `up_proj_scale`, `up_proj_scale_2`, `up_input_scale`, and the same of `down`. Scales of activations
 and of an FP8 cache are kept for saving and not used.
@@ -12,19 +12,13 @@ and of an FP8 cache are kept for saving and not used.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -34,11 +28,20 @@ from ..checkpoints.modelopt import FP8, INPUT_SCALE, KV_SCALES, QUANT_METHOD, SI
 from ..checkpoints.tensors import SafetensorsFolder, Shape, Spec
 from ..configuration import NemotronHConfig
 from ..layers.moe import NemotronHExperts
-from .int8_int4 import NemotronHQuantizer, PackedExperts, _PackedWeights
+from ..ops.fp8_nvfp4 import FORMATS
+from ..ops.packed import Format
+from .packed import (
+    PROJECTIONS,
+    PackedExperts,
+    PackedLinear,
+    PackedQuantizer,
+    PackedWeights,
+    hub_arguments,
+    register_method,
+    to_plain,
+)
 
 PACKED = "packed"
-_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-_PROJECTIONS = ("up_proj", "down_proj")
 # The end of a tensor's name on disk -> what stands in its place in the name of stacked experts.
 _STACKED = {"weight": "{0}_proj", WEIGHT_SCALE: "{0}_proj_scale", "weight_scale_2": "{0}_proj_scale_2"}
 _STACKED[INPUT_SCALE] = "{0}_input_scale"  # not up_proj_...: transformers 5.17 takes a name's beginning for the name
@@ -64,69 +67,28 @@ class NemotronHModelOptConfig(QuantizationConfigMixin):
         yield from self.to_dict().items()
 
 
-class _LowPrecision(_PackedWeights):
-    """Parameters as they are on disk, none of which is trained or cast."""
+class _LowPrecision(PackedWeights):
+    """Parameters as they are on disk."""
 
     how: str
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        packed = {id(tensor) for name, tensor in self.named_parameters(recurse=False) if name != "bias"}
+    @property
+    def format(self) -> Format:
+        return FORMATS[self.how]
 
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            new = fn(tensor)
-            return tensor.to(new.device) if id(tensor) in packed and new.dtype != tensor.dtype else new
-
-        return nn.Module._apply(self, keep_dtype, recurse)
-
-    def _hold(self, name: str, spec: Spec, device: Any) -> None:
-        empty = torch.empty(spec.shape, dtype=spec.dtype, device=device)
-        self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-
-    def parts(self, weight: str) -> tuple[Tensor, ...]:
-        """A weight and its scales, as the ops take them."""
-        ends = ("", "_scale") if self.how == FP8 else ("", "_scale", "_scale_2")
-        return tuple(self._parameters[weight + end] for end in ends)  # type: ignore[misc]
-
-    def dequantized(self, weight: str, dtype: torch.dtype) -> Tensor:
-        return modelopt.dequantize(self.how, self.parts(weight), dtype)
-
-
-class LowPrecisionLinear(_LowPrecision, nn.Linear):
-    """A linear layer whose weight is FP8 or NVFP4. LoRA goes on top of it."""
-
-    def __init__(self, plain: nn.Linear, how: str, specs: Mapping[str, Spec]):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = plain.in_features, plain.out_features
+    def _make(self, how: str, specs: Mapping[str, Spec], device: Any) -> None:
         self.how = how
         for name, spec in specs.items():
-            self._hold(name, spec, plain.weight.device)
+            self._hold(name, spec.shape, spec.dtype, device)
+
+
+class LowPrecisionLinear(_LowPrecision, PackedLinear):
+    """A linear layer whose weight is FP8 or NVFP4."""
+
+    def __init__(self, plain: nn.Linear, how: str, specs: Mapping[str, Spec]):
+        super().__init__(plain.in_features, plain.out_features)
+        self._make(how, specs, plain.weight.device)
         self.bias = plain.bias
-
-    def weights(self) -> dict[str, tuple[int, ...]]:
-        return {"weight": (self.out_features, self.in_features)}
-
-    def reset_parameters(self) -> None:
-        """Nothing: there is no initialisation in this format."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.low_precision_linear(x, self.parts("weight"), self.bias)
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight it stands for, (N, K); float32 unless told."""
-        return self.dequantized("weight", dtype or torch.float32)
-
-    @property
-    def W_q(self) -> Tensor:
-        """The name by which PEFT knows (HQQ's) layers that have a `dequantize()`: DoRA needs the weight's norm."""
-        return self.weight
-
-    def plain(self, dtype: torch.dtype) -> nn.Module:
-        with torch.device("meta"):
-            made = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        made.weight = nn.Parameter(self.dequantize(dtype))
-        if self.bias is not None:
-            made.bias = self.bias
-        return made.train(self.training)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.how}"
@@ -137,23 +99,15 @@ class LowPrecisionExperts(_LowPrecision, PackedExperts):
 
     def __init__(self, plain: NemotronHExperts, how: str, specs: Mapping[str, Spec]):
         super().__init__()
-        self.num_experts, self.act_fn, self.how = plain.num_experts, plain.act_fn, how
-        self._shapes = {name: tuple(getattr(plain, name).shape) for name in _PROJECTIONS}
-        for name, spec in specs.items():
-            self._hold(name, spec, plain.up_proj.device)
+        self.num_experts, self.act_fn = plain.num_experts, plain.act_fn
+        self._shapes = {name: tuple(getattr(plain, name).shape) for name in PROJECTIONS}
+        self._make(how, specs, plain.up_proj.device)
 
     def weights(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
 
     def multiply(self, weight: str, x_SK: Tensor, experts_S: Tensor) -> Tensor:
         return ops.low_precision_experts_linear(x_SK, self.parts(weight), experts_S)
-
-    def plain(self, dtype: torch.dtype, config: NemotronHConfig) -> nn.Module:
-        with torch.device("meta"):
-            made = NemotronHExperts(config)
-        for name in _PROJECTIONS:
-            setattr(made, name, nn.Parameter(self.dequantized(name, dtype)))
-        return made.train(self.training)
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, {self.how}"
@@ -186,14 +140,14 @@ class _Unstack(ConversionOps):
         return _Stack()
 
 
-class NemotronHModelOptQuantizer(NemotronHQuantizer):
-    """Puts packed modules in the place of plain ones before the weights are read; afterwards, unless they are to stay
-    packed, plain ones with the values again, one module at a time."""
+class NemotronHModelOptQuantizer(PackedQuantizer):
+    """Reads weights as they are on disk; afterwards, unless they are to stay packed, makes plain ones, one module at a
+    time."""
 
     quantization_config: NemotronHModelOptConfig
 
     def __init__(self, quantization_config: NemotronHModelOptConfig, **kwargs: Any):
-        super().__init__(quantization_config, **kwargs)  # type: ignore[arg-type]
+        super().__init__(quantization_config, **kwargs)
         self.dtype: torch.dtype | None = None
         self._added: list[WeightConverter] = []
 
@@ -204,13 +158,13 @@ class NemotronHModelOptQuantizer(NemotronHQuantizer):
                 "quantised folder with `nemotron-h convert SOURCE DEST --to nvfp4`, and load that."
             )
 
-    def _check_disk(self, device_map: dict[str, Any]) -> None:
-        on_disk = [name for name, device in device_map.items() if device == "disk"]
-        if on_disk and self.quantization_config.dequantize:
-            raise ValueError(
-                f"device_map puts {on_disk[0]!r} on disk, where weights that are being dequantised cannot go: pass "
-                'quantized="packed", or write a plain folder with `nemotron-h convert SOURCE DEST --to huggingface`.'
-            )
+    def _made_on_loading(self) -> str:
+        if not self.quantization_config.dequantize:
+            return ""
+        return (
+            'weights that are being dequantised cannot go: pass quantized="packed", or write a plain folder with '
+            "`nemotron-h convert SOURCE DEST --to huggingface`."
+        )
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """What an element will take: an NVFP4 byte becomes two values where the weights are dequantised."""
@@ -220,9 +174,9 @@ class NemotronHModelOptQuantizer(NemotronHQuantizer):
             return (self.dtype or torch.bfloat16).itemsize * (1 if packed.how == FP8 else 2)
         return param.element_size()
 
-    def _process_model_before_weight_loading(
+    def replacements(
         self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: Any = None, **_: Any
-    ) -> Any:
+    ) -> Iterator[tuple[str, nn.Module]]:
         source = model.config.name_or_path
         self.dtype = dtype
         recipe = Recipe.read(self.quantization_config.fields, source)
@@ -235,35 +189,28 @@ class NemotronHModelOptQuantizer(NemotronHQuantizer):
             place = canonical(name)
             if isinstance(module, NemotronHExperts):
                 if packed := _packed_experts(place, module, found, source):
-                    model.set_submodule(name, packed)
+                    yield name, packed
             elif place in found and isinstance(module, nn.Linear):
                 how, tensors = found[place]
-                model.set_submodule(name, LowPrecisionLinear(module, how, tensors))
+                yield name, LowPrecisionLinear(module, how, tensors)
             elif (scale := KV_SCALES.get(place.rpartition(".")[2])) and f"{place}.{scale}" in specs:
                 empty = torch.empty(specs[f"{place}.{scale}"].shape, dtype=torch.float32, device=module.weight.device)
                 module.register_parameter(scale, nn.Parameter(empty, requires_grad=False))
-        self._expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
-        return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Before the experts' own, converters for all that belongs to their weights; longer names first."""
         self._added = [
             WeightConverter(f"mixer.experts.*.{name}.{end}", f"mixer.experts.{stacked.format(name[:-5])}", [_Stack()])
             for end, stacked in reversed(_STACKED.items())
-            for name in _PROJECTIONS
+            for name in PROJECTIONS
             if end != "weight"
         ]
         return [*self._added, *weight_conversions]
 
-    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        self._check_disk(getattr(model, "hf_device_map", None) or {})
-        self._settle(model, model.config.name_or_path)
+    def finish(self, model: Any, source: Any) -> Any:
         if self.quantization_config.dequantize:
-            return self._plain(model, self.dtype or model.dtype)
-        for module in model.modules():
-            if isinstance(module, _LowPrecision):
-                for name, parameter in module.named_parameters(recurse=False):
-                    parameter.requires_grad_(name == "bias")
+            _drop_kv_scales(model)
+            return to_plain(model, self.dtype or model.dtype)
         if (used := getattr(model, "_weight_conversions", None)) is not None:
             # Saving turns the list around, so what is to come first comes last.
             others = [conversion for conversion in used if conversion not in self._added]
@@ -271,29 +218,15 @@ class NemotronHModelOptQuantizer(NemotronHQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        if isinstance(dtype, str):  # as saving leaves it in the config
-            dtype = getattr(torch, dtype)
-        dtype = dtype or model.dtype
-        return self._plain(model, dtype).to(dtype)
+        _drop_kv_scales(model)
+        return super()._dequantize(model, dtype)
 
-    def _plain(self, model: Any, dtype: torch.dtype) -> Any:
-        for name, module in list(model.named_modules()):
-            hook = getattr(module, "_hf_hook", None)
-            if isinstance(module, LowPrecisionExperts):
-                plain = module.plain(dtype, model.config)
-            elif isinstance(module, LowPrecisionLinear):
-                plain = module.plain(dtype)
-            else:
-                for scale in KV_SCALES.values():
-                    module._parameters.pop(scale, None)
-                continue
-            if hook is not None:
-                from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 
-                remove_hook_from_module(module)
-                add_hook_to_module(plain, hook)
-            model.set_submodule(name, plain)
-        return model
+def _drop_kv_scales(model: nn.Module) -> None:
+    for module in model.modules():
+        if not isinstance(module, PackedWeights):
+            for scale in KV_SCALES.values():
+                module._parameters.pop(scale, None)
 
 
 class _Files(SafetensorsFolder):
@@ -319,7 +252,7 @@ def _published_shapes(model: nn.Module) -> Iterable[tuple[str, Shape]]:
     """The matrices of a model, (N, K), by their names on disk (`canonical`), experts one by one."""
     for name, module in model.named_modules():
         if isinstance(module, NemotronHExperts):
-            for projection in _PROJECTIONS:
+            for projection in PROJECTIONS:
                 shape = tuple(getattr(module, projection).shape[1:])
                 for expert in range(module.num_experts):
                     yield f"{canonical(name)}.{expert}.{projection}.weight", shape
@@ -336,11 +269,11 @@ def _packed_experts(place: str, module: NemotronHExperts, found: Mapping[str, An
     ways = {
         found.get(f"{place}.{expert}.{name}", (None, {}))[0]
         for expert in range(module.num_experts)
-        for name in _PROJECTIONS
+        for name in PROJECTIONS
     }
     if ways == {None}:
         return None
-    for name in _PROJECTIONS:
+    for name in PROJECTIONS:
         alike = [found.get(f"{place}.{expert}.{name}", (None, {})) for expert in range(module.num_experts)]
         if len(ways) > 1 or any(other != alike[0] for other in alike):
             raise ValueError(
@@ -368,10 +301,10 @@ def prepare(quantized: Any, source: Any, arguments: dict[str, Any]) -> None:
     config = given if isinstance(given, NemotronHConfig) else None
     stored = getattr(config, "quantization_config", None)
     if config is None and (quantized or _sidecar(source, arguments)):
-        hub = {name: arguments[name] for name in _HUB if name in arguments}
+        hub = hub_arguments(arguments)
         config = NemotronHConfig.from_pretrained(source if given is None else given, **hub)
         # What transformers would have read them with, had it read the config.
-        for name in [name for name in arguments if name not in _HUB and name not in ("dtype", "torch_dtype")]:
+        for name in [name for name in arguments if name not in hub and name not in ("dtype", "torch_dtype")]:
             if hasattr(config, name) and name != "quantization_config" and not name.startswith("attn_impl"):
                 setattr(config, name, arguments.pop(name))
         stored = getattr(config, "quantization_config", None)
@@ -390,7 +323,7 @@ def prepare(quantized: Any, source: Any, arguments: dict[str, Any]) -> None:
 
 
 def _sidecar(source: Any, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
-    hub = {name: arguments[name] for name in _HUB if name in arguments}
+    hub = hub_arguments(arguments)
     silent = {"_raise_exceptions_for_gated_repo", "_raise_exceptions_for_missing_entries"}
     silent.add("_raise_exceptions_for_connection_errors")
     try:
@@ -402,10 +335,7 @@ def _sidecar(source: Any, arguments: Mapping[str, Any]) -> dict[str, Any] | None
 
 def register() -> None:
     """Make `transformers` know the method (again: nothing)."""
-    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(QUANT_METHOD)(NemotronHModelOptConfig)
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(QUANT_METHOD)(NemotronHModelOptQuantizer)
+    register_method(QUANT_METHOD, NemotronHModelOptConfig, NemotronHModelOptQuantizer)
 
 
 register()

@@ -16,8 +16,7 @@ import torch
 from peft.tuners.lora import layer as lora_layer
 from torch import Tensor, nn
 
-from ..quantization.int8_int4 import PackedExperts, QuantizedLinear
-from ..quantization.modelopt import LowPrecisionLinear
+from ..quantization.packed import PackedExperts, PackedLinear
 
 Multiply = Callable[[str, Tensor, Tensor], Tensor]
 
@@ -59,8 +58,8 @@ class ParamWrapper(lora_layer.ParamWrapper):
         B_ENr = B.view(B.shape[0], -1, self.num_experts).permute(2, 0, 1)
         experts, counts = torch.unique_consecutive(experts_S, return_counts=True)
         rows = x_SK.to(A.dtype).split(counts.tolist())
-        pieces = [row @ A_ErK[e].T @ B_ENr[e].T for e, row in zip(experts.tolist(), rows, strict=True)]
-        return torch.cat(pieces) * self.scaling[adapter]
+        parts = [row @ A_ErK[e].T @ B_ENr[e].T for e, row in zip(experts.tolist(), rows, strict=True)]
+        return torch.cat(parts) * self.scaling[adapter]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         _refuse_merging(self.get_base_layer())
@@ -85,8 +84,7 @@ def _refuse_merging(base: nn.Module) -> NoReturn:
 
 ADAPTER_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     PackedExperts: ParamWrapper,
-    QuantizedLinear: Linear,
-    LowPrecisionLinear: Linear,
+    PackedLinear: Linear,
 }
 """Module classes whose packed weights PEFT would not treat rightly, each with the adapter's class for it."""
 

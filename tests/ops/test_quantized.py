@@ -7,6 +7,7 @@ from comparing import assert_same, error, random
 from nemotron_h import ops
 from nemotron_h.ops import conditions
 from nemotron_h.ops import int8_int4 as quantized
+from nemotron_h.ops import packed as packed_weights
 
 BITS = (8, 4)
 # below, at, above and between the multiples of a packed block and of a vector
@@ -66,7 +67,7 @@ def test_leading_dimensions_and_tiles(bits, dtype, generator, monkeypatch):
     weight = random(generator, 3, 7, 100).to(dtype)
     q, scale = ops.quantize_weight(weight, bits)
     whole = ops.dequantize_weight(q, scale, bits, 100, torch.float64)
-    monkeypatch.setitem(quantized._TILE, "cpu", 250)  # two rows
+    monkeypatch.setitem(packed_weights._TILE, "cpu", 250)  # two rows
     for expert in range(3):
         q_one, scale_one = ops.quantize_weight(weight[expert], bits)
         assert torch.equal(q[expert], q_one) and torch.equal(scale[expert], scale_one)
@@ -145,7 +146,7 @@ def test_an_input_of_another_width(bits, generator):
 @pytest.mark.parametrize("bits", BITS)
 def test_linear(bits, in_features, generator, monkeypatch):
     """Output and gradients of x and bias, in float64, in tiles of two rows, against a plain linear of that weight."""
-    monkeypatch.setitem(quantized._TILE, "cpu", 2 * in_features)
+    monkeypatch.setitem(packed_weights._TILE, "cpu", 2 * in_features)
     q, scale = ops.quantize_weight(random(generator, 7, in_features), bits)
     weight = by_hand(q, scale, bits, in_features)
     x, bias = random(generator, 2, 3, in_features), random(generator, 7)
@@ -226,7 +227,7 @@ def test_half_precision_with_and_without_instructions(instructions, dtype, bits,
     """Without them the weight is not rounded to half precision; sums over many tiles are never rounded in between."""
     monkeypatch.setenv("NEMOTRON_H_KERNELS", "0")
     monkeypatch.setattr(conditions, "multiplies", lambda dtype: instructions)
-    monkeypatch.setitem(quantized._TILE, "cpu", 1)
+    monkeypatch.setitem(packed_weights._TILE, "cpu", 1)
     q, scale = ops.quantize_weight(random(generator, 300, 40), bits)
     weight = by_hand(q, scale, bits, 40)
     x, grad = random(generator, 20, 40).to(dtype).requires_grad_(), random(generator, 20, 300).to(dtype)
