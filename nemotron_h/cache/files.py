@@ -42,7 +42,7 @@ _SAID = {
 def write(
     snapshot: Snapshot, path: str | Path, *, origin: Origin, token_ids: Any = None, keep_ids: bool = False
 ) -> None:
-    """Write a snapshot to a safetensors file, whole or not at all.
+    """Write a snapshot to a safetensors file, atomically.
 
     Args:
         origin: whose it is; see `fingerprint.origin`.

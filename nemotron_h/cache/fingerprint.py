@@ -71,19 +71,19 @@ def essentials(config: NemotronHConfig) -> dict[str, Any]:
 
 @torch.no_grad()
 def weights_digest(model: torch.nn.Module) -> str:
-    """A digest of every parameter and buffer, and of which adapters are on; 0.15 s for a GB on one CPU core.
+    """A digest of every parameter and buffer, and of which adapters are on.
 
     Of each tensor it takes a sum of all its bytes, the same on every device, and a few of its numbers. A change of one
     number, or a step of training, makes it another one; two models with the same are equal in all likelihood, which is
     no proof. Parameters that are not in memory (offloaded ones) go in by name and shape.
     """
     digest = hashlib.sha256()
-    pieces: dict[torch.device, list[Tensor]] = {}
+    parts: dict[torch.device, list[Tensor]] = {}
     for name, tensor in _named_tensors(model):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         if _here(tensor):
-            pieces.setdefault(tensor.device, []).extend((_summed(tensor), *_few(tensor)))
-    for together in pieces.values():
+            parts.setdefault(tensor.device, []).extend((_summed(tensor), *_few(tensor)))
+    for together in parts.values():
         digest.update(torch.cat(together).cpu().numpy().tobytes())
     digest.update(_adapters(model).encode())
     return digest.hexdigest()
@@ -99,15 +99,15 @@ def known_digest(model: torch.nn.Module) -> str:
     Writing through `tensor.data` is not counted by PyTorch, and is seen here by the few numbers alone.
     """
     digest = hashlib.sha256(_adapters(model).encode())
-    pieces: dict[torch.device, list[Tensor]] = {}
+    parts: dict[torch.device, list[Tensor]] = {}
     for name, tensor in _named_tensors(model):
         if tensor.is_inference():  # its changes are not counted
             return weights_digest(model)
         at = tensor.data_ptr() if _here(tensor) else None
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{tensor._version}{at}".encode())
         if _here(tensor):
-            pieces.setdefault(tensor.device, []).extend(_few(tensor))
-    for together in pieces.values():
+            parts.setdefault(tensor.device, []).extend(_few(tensor))
+    for together in parts.values():
         digest.update(torch.cat(together).cpu().numpy().tobytes())
     now = digest.hexdigest()
     before, known = _KNOWN.get(model, ("", ""))

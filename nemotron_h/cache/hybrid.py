@@ -229,7 +229,7 @@ class NemotronHCache(Cache):
             layer.check_hold(pair, given.length)
 
     def save(self, path: str | Path, *, model: Any, token_ids: Any = None, keep_ids: bool = False) -> None:
-        """Write what the cache holds to a safetensors file, whole or not at all.
+        """Write what the cache holds to a safetensors file, atomically.
 
         Args:
             model: whose cache it is, or its config (then any weights may load it).
@@ -380,7 +380,7 @@ def cache_length(cache: Cache | None) -> int | torch.Tensor:
 
 
 def grows(cache: Cache | None) -> bool:
-    """Whether the keys that an attention layer gets back from `update` end with the new ones: no room after them."""
+    """Whether the keys that an attention layer gets back from `update` end with the new ones: no unused buffer after them."""
     return cache is None or all(
         type(layer) in (GrowingLayer, DynamicLayer) for layer in cache.layers if isinstance(layer, CacheLayerMixin)
     )
@@ -390,7 +390,7 @@ def check_room(cache: Cache, batch: int, length: int) -> None:
     """Refuse a cache that these tokens do not fit, before any layer has taken them.
 
     Raises:
-        ValueError: another number of rows than the cache holds, or more tokens than a static cache has room for.
+        ValueError: another number of rows than the cache holds, or more tokens than the buffers of a static cache hold.
     """
     if torch.compiler.is_compiling():
         return

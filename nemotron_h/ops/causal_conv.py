@@ -202,8 +202,8 @@ def _taps_in_blocks(
 ) -> Tensor:
     """`_taps`, a few positions at a time in buffers that every block uses again: no float32 copy leaves the cache.
 
-    native.c does not do documents, other activations and float16, and is not there everywhere; whole, in torch, it
-    takes up to four times as long (benchmarks/README.md).
+    native.c does not do documents, other activations and float16, and is not there everywhere; all positions at
+    once, in torch, take longer.
     """
     dtype = compute_dtype(x_BLC, weight_CK)
     kernel = weight_CK.shape[1]

@@ -29,7 +29,7 @@ FEW_TOKENS = 16
 once for them, and any split of them into calls gives the same bits. More go through the chunked form."""
 
 # Rows an expert up to which native.c is the fastest: without instructions for bfloat16 the library's grouped products
-# are several times slower; with them (not measured) theirs should win once weights are read for many rows.
+# are slower; with them (not measured) theirs should win once weights are read for many rows.
 _EXPERT_ROWS, _EXPERT_ROWS_SLOW = 4, 512
 _PACKED_ROWS = 32  # rows up to which native.c multiplies int8 and int4 the fastest
 _HALF = (torch.bfloat16, torch.float16)
@@ -73,7 +73,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[None]:
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU has instructions that multiply that half-precision dtype.
 
-    oneDNN's word is not enough on x86: it takes bfloat16 on any AVX-512 and emulates it, at a fifth of float32's speed.
+    oneDNN's word is not enough on x86: it takes bfloat16 on any AVX-512 and emulates it, more slowly than float32.
     """
     if dtype != torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())

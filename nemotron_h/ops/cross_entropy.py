@@ -1,4 +1,4 @@
-"""The cross-entropy of a linear head, without its logits ever being whole.
+"""The cross-entropy of a linear head, without ever holding all its logits.
 
     loss_t = log sum_v exp(x_t . w_v) - x_t . w_label(t)
 

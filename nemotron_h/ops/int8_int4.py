@@ -30,7 +30,7 @@ BLOCK = 64  # inputs that are packed together
 
 # What the weight of largest magnitude in a group is divided by for a scale: negative where it goes to q = 0, positive
 # where it goes to q = 15. -8 is llama.cpp's q4_0 and 7 the symmetric grid; the others were added one by one, each time
-# the one that lowers the error most; ten times as many lower it by a hundredth more.
+# the one that lowers the error most; many more of them lower it hardly further.
 _DIVISORS = (-8.0, 7.0, -8.5, -7.75, -8.25, -8.75, -7.25, -9.0)
 
 # With more rows than this, multiplying tile by tile in float32 is faster than torch's own int8 product.

@@ -96,7 +96,7 @@ _before = True
 
 @contextmanager
 def _without_onednn() -> Iterator[None]:
-    """ATen's own product of one bfloat16 row, where oneDNN's is 2 times slower.
+    """ATen's own product of one bfloat16 row, where oneDNN's is slower.
 
     The switch is the process's: the first thread in turns it off and the last one out puts it back, so that no two
     threads restore each other's value. What another thread multiplies meanwhile is right, if slower.

@@ -2,7 +2,7 @@
 
 The weight is a constant: the gradient goes to x and bias, and the backward makes the weight again where it would
 otherwise keep it. Multiplies in x's dtype, half precision on a CPU without instructions for it in float32, which is
-several times faster; sums in float32 (float64 for float64). Autocast acts as on a linear layer.
+faster there; sums in float32 (float64 for float64). Autocast acts as on a linear layer.
 
 Shape suffixes: N output features, K input features, J columns in the order in which a format has the inputs, R rows of
 the input, S rows that meet an expert each, E experts.

@@ -198,8 +198,8 @@ class _Scan(torch.autograd.Function):
     """The walk with a backward that walks the chunks again from the end, and so holds one chunk's decay at a time.
 
     Kept for it: the inputs, and the states that entered some of the chunks, the root of the number of chunks apart
-    (nearest to the fewest that are held: so many kept, so many between two of them walked again). All 128 states of
-    8,192 tokens would be 671 MB at H128 P80 N128, four times the inputs.
+    (nearest to the fewest that are held: so many kept, so many between two of them walked again). All the states
+    of a long text would be several times as large as its inputs.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
 """native.c, built where a C compiler is found and left out where none is.
 
-Nothing needs it: all it does torch does too. It is built once a machine, in 10 to 20 seconds from the first decoded
-token on, and kept in the user's cache folder. Nothing waits for it: until it is there everything goes on in torch, and
+Nothing needs it: all it does torch does too. It is built once a machine, beginning with the first decoded
+token, and kept in the user's cache folder. Nothing waits for it: until it is there everything goes on in torch, and
 a process that ends sooner drops it.
 `NEMOTRON_H_KERNELS=0` keeps to torch; `CC` names another compiler, `XDG_CACHE_HOME` another cache.
 """

@@ -27,7 +27,7 @@ typedef VECTOR(uint16_t, 32) v16u;
 typedef uint32_t v8u __attribute__((vector_size(32), aligned(2), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 
-/* Products below which waking other threads (5 to 50 us) costs more than they save. */
+/* Products below which waking other threads costs more than they save. */
 #define WORTH_THREADS 400000
 
 enum { F32 = 0, BF16 = 1, Q8 = 2, Q4 = 3 };
@@ -60,7 +60,7 @@ INLINE float total(v8f v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[
 /* As many floats as the processor adds in one instruction, where it matters. */
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #define WIDE 16
-#define TOGETHER 8 /* tokens whose sums have room in registers */
+#define TOGETHER 8 /* tokens whose sums fit in registers */
 typedef VECTOR(float, 64) wide;
 typedef VECTOR(int32_t, 64) wide_int;
 typedef uint32_t wide_bits __attribute__((vector_size(64), aligned(2), may_alias));
@@ -391,15 +391,15 @@ INLINE void rows(int wtype, int R, int most, Linear l, int64_t n, int64_t m, int
     }
 }
 
-/* Four rows of weights, or those that are left. As many sums at a time as there is room for in registers: 20 of 32, or
+/* Four rows of weights, or those that are left. As many sums at a time as fit in registers: 20 of 32, or
  * 8 of 16. */
 INLINE void four(int wtype, Linear l, int64_t n, int64_t m, int64_t end) {
-    const int room = WIDE == 16 && wtype != Q4;
+    const int many = WIDE == 16 && wtype != Q4;
     if (n + 4 > l.N)
         for (; n < l.N; n++) rows(wtype, 1, 4, l, n, m, end);
     else if (end - m == 1)
         block(wtype, 4, 1, l, n, m);
-    else if (room)
+    else if (many)
         rows(wtype, 4, WIDE == 16 ? 5 : 4, l, n, m, end);
     else
         for (int64_t two = 0; two < 4; two += 2) rows(wtype, 2, 4, l, n + two, m, end);
@@ -588,7 +588,7 @@ typedef struct {
 } MambaStep;
 
 /* silu of the convolution of `size` channels of row b from `start` on, for T tokens: token t's go to out + t `apart`.
- * `columns` has room for (2 width + 1) size numbers: window and taps, a row for each position. Inlined with a constant type,
+ * `columns` is a buffer of (2 width + 1) size numbers: window and taps, a row for each position. Inlined with a constant type,
  * and width where it is the usual one. */
 INLINE void convolve(int type, int64_t width, const MambaStep *m, int64_t b, int64_t start, int64_t size, float *columns,
                      float *out, int64_t apart) {
@@ -622,7 +622,7 @@ INLINE void convolve(int type, int64_t width, const MambaStep *m, int64_t b, int
         for (int64_t k = 0; k < width; k++) store(m->window, type, window + i * width + k, columns[k * size + i]);
 }
 
-/* Group g of row b; `memory` has room as `nh_mamba_step` makes it. Inlined with a constant type. */
+/* Group g of row b; `memory` is a buffer as `nh_mamba_step` makes it. Inlined with a constant type. */
 INLINE void mamba_group(int type, const MambaStep *m, int64_t b, int64_t g, float *memory) {
     const Mamba d = m->d;
     const int64_t T = m->T, inner = d.heads * d.head_dim, N = d.state, channels = inner + 2 * d.groups * N;
@@ -701,14 +701,14 @@ int nh_mamba_step(int type, Mamba d, int64_t batch, int64_t T, const void *proje
     if (d.width > 7) return 1;
     const MambaStep m = {d, T, projected, window, conv_weight, conv_bias, dt_bias, A_log, D, state, norm_weight, y};
     const int64_t span = d.heads / d.groups * d.head_dim, widest = span > d.state ? span : d.state;
-    const int64_t room = (T * (2 * span + 2 * d.state + 3) + (2 * d.width + 1) * widest + 15) / 16 * 16;
-    char *const taken = malloc(sizeof(float) * batch * d.groups * room + 64);
+    const int64_t buffer = (T * (2 * span + 2 * d.state + 3) + (2 * d.width + 1) * widest + 15) / 16 * 16;
+    char *const taken = malloc(sizeof(float) * batch * d.groups * buffer + 64);
     if (!taken) return 1;
     float *const memory = (float *)(taken + (64 - (uintptr_t)taken % 64)); /* a vector in one cache line, not in two */
 #pragma omp parallel for schedule(dynamic, 1) if (batch * T * d.heads * d.head_dim * d.state > WORTH_THREADS / 4)
     for (int64_t task = 0; task < batch * d.groups; task++) {
-        if (type == BF16) mamba_group(BF16, &m, task / d.groups, task % d.groups, memory + task * room);
-        else mamba_group(F32, &m, task / d.groups, task % d.groups, memory + task * room);
+        if (type == BF16) mamba_group(BF16, &m, task / d.groups, task % d.groups, memory + task * buffer);
+        else mamba_group(F32, &m, task / d.groups, task % d.groups, memory + task * buffer);
     }
     free(taken);
     return 0;
@@ -763,7 +763,7 @@ INLINE void add_values(int R, const float (*weight)[SPAN], const float *v, int64
     }
 }
 
-/* Enough pieces that threads finish together, each long enough to be worth joining. */
+/* Enough parts that threads finish together, each long enough to be worth joining. */
 INLINE int64_t splits_of(int64_t L) { return L < 256 ? 1 : L > 1024 ? 8 : L / 128; }
 
 /* y (B, A, T, Q): T queries a head, q (B, A, T, Q), over L keys and values (B, A / R, L, Q), whose rows of Q lie one after
@@ -773,15 +773,15 @@ int nh_attend(int type, const void *q, const void *k, const void *v, void *y, in
               int64_t T, int64_t L, int64_t Q, int64_t k_row, int64_t k_head, int64_t v_row, int64_t v_head, float scale) {
     const int64_t splits = splits_of(L), R = heads * T; /* rows that read a key head */
     const int64_t bytes = type == BF16 ? 2 : 4, per = R * (Q + 2), tasks = batch * key_heads * splits;
-    const int64_t room = R * Q + SPAN * Q + R * SPAN;
-    float *memory = malloc(sizeof(float) * tasks * (per + room));
+    const int64_t buffer = R * Q + SPAN * Q + R * SPAN;
+    float *memory = malloc(sizeof(float) * tasks * (per + buffer));
     if (!memory) return 1;
 #pragma omp parallel for schedule(dynamic, 1) if (batch * key_heads * R * L * Q > WORTH_THREADS / 2)
     for (int64_t task = 0; task < tasks; task++) {
         const int64_t split = task % splits, kv = task / splits % key_heads, b = task / splits / key_heads;
         const int64_t from = L * split / splits, to = L * (split + 1) / splits;
         float *out = memory + task * per, *top = out + R * Q, *sum = top + R;
-        float *queries = memory + tasks * per + task * room, *rows = queries + R * Q;
+        float *queries = memory + tasks * per + task * buffer, *rows = queries + R * Q;
         float(*weight)[SPAN] = (float(*)[SPAN])(rows + SPAN * Q);
         for (int64_t r = 0; r < R; r++) {
             unpack((const char *)q + ((b * key_heads + kv) * R + r) * Q * bytes, type, Q, queries + r * Q);
