@@ -380,7 +380,7 @@ def cache_length(cache: Cache | None) -> int | torch.Tensor:
 
 
 def grows(cache: Cache | None) -> bool:
-    """Whether the keys that an attention layer gets back from `update` end with the new ones: no unused buffer after them."""
+    """Whether the keys an attention layer gets back from `update` end with the new ones, no unused buffer after."""
     return cache is None or all(
         type(layer) in (GrowingLayer, DynamicLayer) for layer in cache.layers if isinstance(layer, CacheLayerMixin)
     )
