@@ -148,8 +148,7 @@ class NemotronHCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen so far (padding counted); every layer has seen the same, so any index gives the same answer."""
-        layer = _length_layer(self)
-        return 0 if layer is None else layer.get_seq_length()  # type: ignore[return-value]
+        return cache_length(self)  # type: ignore[return-value]
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         layer = _length_layer(self)
@@ -181,10 +180,6 @@ class NemotronHCache(Cache):
         length, and would show the model a whole prompt where only the rest is new."""
         linear = [isinstance(layer, MambaLayer) for layer in self.layers]
         return [False] * len(linear) if all(linear) else linear
-
-    def like(self) -> NemotronHCache:
-        """An empty cache of the same pattern, that grows."""
-        return NemotronHCache(self.config, offloading=self.offloading)
 
     @torch.no_grad()
     def snapshot(self) -> Snapshot:
@@ -299,7 +294,7 @@ class NemotronHCache(Cache):
         return [self._with(part) for part in snapshot.split(self.snapshot(), sizes, attention_mask)]
 
     def _with(self, held: Snapshot) -> NemotronHCache:
-        cache = self.like()
+        cache = NemotronHCache(self.config, offloading=self.offloading)
         cache.restore(held)
         return cache
 
@@ -371,11 +366,7 @@ def batch_rows(cache: Cache) -> int:
 
 def cache_length(cache: Cache | None) -> int | torch.Tensor:
     """Tokens a cache has seen; 0 for none. Also for an adopted `DynamicCache` without attention layers."""
-    if cache is None:
-        return 0
-    if isinstance(cache, NemotronHCache):
-        return cache.get_seq_length()
-    layer = _length_layer(cache)
+    layer = None if cache is None else _length_layer(cache)
     return 0 if layer is None else layer.get_seq_length()
 
 

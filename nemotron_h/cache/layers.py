@@ -211,21 +211,15 @@ class MambaLayer(LinearAttentionCacheLayerMixin):
             self.update_recurrent_state(state)
         self.cumulative_length -= abs(tokens_to_remove)
 
-    def _map_rows(self, rows: Any) -> None:
+    def _map_rows(self, rows: Any, in_place: bool = False) -> None:
         for states in (self.conv_states, self.recurrent_states):
-            if states[0] is not None:
-                states[0] = rows(states[0])
+            if (tensor := states[0]) is not None:
+                states[0] = tensor.copy_(rows(tensor)) if in_place else rows(tensor)
         if self._record is not None:
             self._record.map_rows(rows)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        if not self.static:
-            return self.batch_select_indices(beam_idx)
-        for states in (self.conv_states, self.recurrent_states):
-            if (tensor := states[0]) is not None:
-                tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
-        if self._record is not None:
-            self._record.map_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self._map_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)), in_place=self.static)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))

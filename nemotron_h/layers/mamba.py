@@ -98,10 +98,7 @@ class NemotronHMamba2Mixer(Float32Parameters):
             if self._parts_are_plain():
                 y_BLI = self._few(projected_BLK, window_BCW, state_BHPN, mask_BL)
         if y_BLI is None:
-            z_BLI, inputs_BLK = (
-                projected_BLK[..., : self.intermediate_size],
-                projected_BLK[..., self.intermediate_size :],
-            )
+            z_BLI, inputs_BLK = projected_BLK[..., :gate], projected_BLK[..., gate:]
             y_BLHP, window_BCW, state_BHPN = self._scan(inputs_BLK, window_BCW, state_BHPN, mask_BL, seq_idx_BL)
             y_BLI = self.norm(y_BLHP.flatten(2), z_BLI)
         if memory is not None:

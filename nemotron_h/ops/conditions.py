@@ -204,7 +204,7 @@ def packed_linear(x_RK: Tensor, *packed: Tensor) -> bool:
 
 def packed_experts(x_SK: Tensor, q_ENK: Tensor, scale: Tensor, expert_S: Tensor) -> bool:
     """Whether native.c multiplies rows by int8 or int4 of an expert each."""
-    few = 0 < x_SK.shape[0] <= _PACKED_ROWS * q_ENK.shape[0]
+    few = x_SK.shape[0] <= _PACKED_ROWS * q_ENK.shape[0]
     return x_SK.dtype == torch.bfloat16 and few and native.serves(x_SK, q_ENK, scale, expert_S)
 
 

@@ -128,11 +128,9 @@ def quantized_experts_linear(x_SK: Tensor, q_ENK: Tensor, scale: Tensor, expert_
 
     Returns: (S, N) in x's dtype (in autocast's, where it is on).
     """
-    bits = 8 if q_ENK.dtype == torch.int8 else 4
-    if conditions.packed_experts(x_SK, q_ENK, scale, expert_S):
-        return native.linear(x_SK, q_ENK, scale, expert_S)
+    form = FORMATS[8 if q_ENK.dtype == torch.int8 else 4]
     order_S = expert_S.argsort(stable=True)
-    return packed_experts_linear(x_SK[order_S], (q_ENK, scale), expert_S[order_S], FORMATS[bits])[order_S.argsort()]
+    return packed_experts_linear(x_SK[order_S], (q_ENK, scale), expert_S[order_S], form)[order_S.argsort()]
 
 
 class _Int8(Format):
@@ -145,6 +143,10 @@ class _Int8(Format):
     def few_rows(self, x_RK: Tensor, parts: tuple[Tensor, ...]) -> Tensor | None:
         q, scale = parts
         return _few_rows(x_RK, q, scale, self.bits)
+
+    def experts(self, x_SK: Tensor, parts: tuple[Tensor, ...], expert_S: Tensor) -> Tensor | None:
+        q, scale = parts
+        return native.linear(x_SK, q, scale, expert_S) if conditions.packed_experts(x_SK, q, scale, expert_S) else None
 
 
 class _Int4(_Int8):

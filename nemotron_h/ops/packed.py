@@ -43,6 +43,10 @@ class Format:
         """The product for a few rows, from the packed numbers themselves; None where nothing does that (well) here."""
         return None
 
+    def experts(self, x_SK: Tensor, parts: tuple[Tensor, ...], expert_S: Tensor) -> Tensor | None:
+        """`few_rows`, each row by its expert."""
+        return None
+
     def ordered(self, x_RK: Tensor) -> Tensor:
         """(R, K) -> (R, J)."""
         return x_RK
@@ -97,8 +101,10 @@ def packed_experts_linear(x_SK: Tensor, parts: tuple[Tensor, ...], expert_S: Ten
 
     Returns: (S, N) in x's dtype (in autocast's, where it is on).
     """
-    if not len(x_SK):
+    if x_SK.shape[0] == 0:
         return x_SK @ x_SK.new_zeros(x_SK.shape[1], parts[0].shape[1])
+    if (y_SN := form.experts(x_SK, parts, expert_S)) is not None:
+        return y_SN
     chosen, counts = expert_S.unique_consecutive(return_counts=True)
     rows = x_SK.split(counts.tolist())
     y = [

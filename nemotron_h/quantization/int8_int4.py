@@ -28,7 +28,6 @@ from ..layers.moe import NemotronHExperts
 from ..ops.int8_int4 import FORMATS, packed_dtypes, packed_shapes
 from ..ops.packed import Format
 from .packed import (
-    PROJECTIONS,
     PackedExperts,
     PackedLinear,
     PackedQuantizer,
@@ -135,35 +134,13 @@ class QuantizedExperts(_Integers, PackedExperts):
     down_proj: Tensor
     down_proj_scale: Tensor
 
-    def __init__(
-        self,
-        num_experts: int,
-        width: int,
-        intermediate_size: int,
-        bits: int,
-        act_fn: nn.Module,
-        *,
-        packed: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        self.num_experts, self.width, self.intermediate_size = num_experts, width, intermediate_size
-        self.act_fn = act_fn
-        self._make(bits, packed, dtype, device)
-
-    def weights(self) -> dict[str, tuple[int, ...]]:
-        inner, width = self.intermediate_size, self.width
-        shapes = (self.num_experts, inner, width), (self.num_experts, width, inner)
-        return dict(zip(PROJECTIONS, shapes, strict=True))
-
-    def multiply(self, weight: str, x_SK: Tensor, experts_S: Tensor) -> Tensor:
-        q, scale = self.parts(weight)
-        return ops.quantized_experts_linear(x_SK, q, scale, experts_S)
+    def __init__(self, plain: NemotronHExperts, bits: int, packed: bool):
+        super().__init__(plain)
+        self._make(bits, packed, plain.up_proj.dtype, plain.up_proj.device)
 
     def extra_repr(self) -> str:
-        sizes = f"num_experts={self.num_experts}, width={self.width}, intermediate_size={self.intermediate_size}"
-        return f"{sizes}, bits={self.bits}"
+        experts, inner, width = self.weights()["up_proj"]
+        return f"num_experts={experts}, width={width}, intermediate_size={inner}, bits={self.bits}"
 
 
 class _Quantize(ConversionOps):
@@ -297,11 +274,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
 def _packed(module: Any, bits: int, packed: bool) -> PackedWeights:
     """The packed module, still empty, for a plain one."""
     if isinstance(module, NemotronHExperts):
-        _experts, inner, width = module.up_proj.shape
-        return QuantizedExperts(
-            module.num_experts, width, inner, bits, module.act_fn,
-            packed=packed, device=module.up_proj.device, dtype=module.up_proj.dtype,
-        )  # fmt: skip
+        return QuantizedExperts(module, bits, packed)
     return QuantizedLinear(
         module.in_features, module.out_features, bits, module.bias is not None,
         packed=packed, device=module.weight.device, dtype=module.weight.dtype,

@@ -22,7 +22,6 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .. import ops
 from ..checkpoints import modelopt
 from ..checkpoints.modelopt import FP8, INPUT_SCALE, KV_SCALES, QUANT_METHOD, SIDECAR, WEIGHT_SCALE, Recipe, canonical
 from ..checkpoints.tensors import SafetensorsFolder, Shape, Spec
@@ -98,16 +97,8 @@ class LowPrecisionExperts(_LowPrecision, PackedExperts):
     """Experts in FP8 or NVFP4."""
 
     def __init__(self, plain: NemotronHExperts, how: str, specs: Mapping[str, Spec]):
-        super().__init__()
-        self.num_experts, self.act_fn = plain.num_experts, plain.act_fn
-        self._shapes = {name: tuple(getattr(plain, name).shape) for name in PROJECTIONS}
+        super().__init__(plain)
         self._make(how, specs, plain.up_proj.device)
-
-    def weights(self) -> dict[str, tuple[int, ...]]:
-        return self._shapes
-
-    def multiply(self, weight: str, x_SK: Tensor, experts_S: Tensor) -> Tensor:
-        return ops.low_precision_experts_linear(x_SK, self.parts(weight), experts_S)
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, {self.how}"
@@ -265,25 +256,24 @@ def _packed_experts(place: str, module: NemotronHExperts, found: Mapping[str, An
 
     Raises: ValueError where they are not all alike, for they are stacked.
     """
-    specs: dict[str, Spec] = {}
-    ways = {
-        found.get(f"{place}.{expert}.{name}", (None, {}))[0]
-        for expert in range(module.num_experts)
-        for name in PROJECTIONS
+    number = module.num_experts
+    each = {
+        name: [found.get(f"{place}.{expert}.{name}", (None, {})) for expert in range(number)] for name in PROJECTIONS
     }
+    ways: set[Any] = {how for alike in each.values() for how, _tensors in alike}
     if ways == {None}:
         return None
-    for name in PROJECTIONS:
-        alike = [found.get(f"{place}.{expert}.{name}", (None, {})) for expert in range(module.num_experts)]
-        if len(ways) > 1 or any(other != alike[0] for other in alike):
-            raise ValueError(
-                f"{source} has experts in {place} that are quantised in different ways, which cannot be stacked: write "
-                "a plain folder with `nemotron-h convert SOURCE DEST --to huggingface`, and load that."
-            )
-        for end, spec in alike[0][1].items():
-            specs[_STACKED[end].format(name[:-5])] = Spec((module.num_experts, *spec.shape), spec.dtype)
-    (how,) = ways
-    return LowPrecisionExperts(module, how, specs)
+    if len(ways) > 1 or any(way != alike[0] for alike in each.values() for way in alike):
+        raise ValueError(
+            f"{source} has experts in {place} that are quantised in different ways, which cannot be stacked: write "
+            "a plain folder with `nemotron-h convert SOURCE DEST --to huggingface`, and load that."
+        )
+    specs = {
+        _STACKED[end].format(name[:-5]): Spec((number, *spec.shape), spec.dtype)
+        for name, alike in each.items()
+        for end, spec in alike[0][1].items()
+    }
+    return LowPrecisionExperts(module, ways.pop(), specs)
 
 
 def prepare(quantized: Any, source: Any, arguments: dict[str, Any]) -> None:
@@ -333,12 +323,7 @@ def _sidecar(source: Any, arguments: Mapping[str, Any]) -> dict[str, Any] | None
     return None if file is None else modelopt.sidecar(modelopt._json(Path(file)))
 
 
-def register() -> None:
-    """Make `transformers` know the method (again: nothing)."""
-    register_method(QUANT_METHOD, NemotronHModelOptConfig, NemotronHModelOptQuantizer)
-
-
-register()
+register_method(QUANT_METHOD, NemotronHModelOptConfig, NemotronHModelOptQuantizer)
 
 __all__ = [
     "PACKED",
@@ -347,5 +332,4 @@ __all__ = [
     "NemotronHModelOptConfig",
     "NemotronHModelOptQuantizer",
     "prepare",
-    "register",
 ]

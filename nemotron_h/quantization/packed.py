@@ -20,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..configuration import NemotronHConfig
 from ..layers.moe import NemotronHExperts
-from ..ops.packed import Format, dequantize, packed_linear
+from ..ops.packed import Format, dequantize, packed_experts_linear, packed_linear
 
 PROJECTIONS = ("up_proj", "down_proj")
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -105,14 +105,19 @@ class PackedLinear(PackedWeights, nn.Linear):
 
 
 class PackedExperts(PackedWeights):
-    """`NemotronHExperts` with packed weights, of which only the chosen experts' are read. A subclass multiplies."""
+    """`NemotronHExperts` with packed weights, of which only the chosen experts' are read."""
 
-    num_experts: int
-    act_fn: nn.Module
+    def __init__(self, plain: NemotronHExperts):
+        super().__init__()
+        self.num_experts, self.act_fn = plain.num_experts, plain.act_fn
+        self._shapes = {name: tuple(getattr(plain, name).shape) for name in PROJECTIONS}
+
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
 
     def multiply(self, weight: str, x_SK: Tensor, experts_S: Tensor) -> Tensor:
         """Each row by its expert's "up_proj" or "down_proj": (S, N). Rows of one expert are next to each other."""
-        raise NotImplementedError
+        return packed_experts_linear(x_SK, self.parts(weight), experts_S, self.format)
 
     def forward(
         self,
