@@ -263,8 +263,8 @@ class _Buffers:
     """Buffers with space for more tokens than they hold. Layers copied from each other share one, and only the layer
     that has seen exactly `filled` tokens may go on in it: what another one still sees is never overwritten."""
 
-    def __init__(self, keys: Tensor, values: Tensor):
-        self.keys, self.values, self.filled = keys, values, 0
+    def __init__(self, keys: Tensor, values: Tensor, filled: int):
+        self.keys, self.values, self.filled = keys, values, filled
         self.seen = 0  # so many tokens may be in somebody else's sight
 
 
@@ -314,38 +314,30 @@ class GrowingLayer(DynamicLayer):
                 buffers.filled, self._views = length, (self.keys, self.values)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        before = self.get_seq_length()
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             self._buffers = self._views = None
             # Also where the keys are frozen: a backward by the queries reads them, and writing after them counts.
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        after = before + key_states.shape[-2]
-        buffers = self._buffers
-        ours = self._sees_its_buffers()
-        if (
-            buffers is None
-            or not ours
-            or buffers.filled != before
-            or after > buffers.keys.shape[-2]
-            or (buffers.keys.is_inference() and not torch.is_inference_mode_enabled())
-        ):
+        number = key_states.shape[-2]
+        columns = self.next_columns(number)
+        if columns is None:
+            before = self.get_seq_length()
+            after = before + number
             # An eighth more, so that a token costs the copying of nine on average, and a prefill nothing.
             length = max(self.expected_length, after if before == 0 else after + after // 8 + 64)
-            shapes = ((*t.shape[:-2], length, t.shape[-1]) for t in (key_states, value_states))
-            buffers = self._buffers = _Buffers(
-                *(t.new_empty(s) for t, s in zip((key_states, value_states), shapes, strict=True))
-            )
+            keys, values = (t.new_empty(*t.shape[:-2], length, t.shape[-1]) for t in (key_states, value_states))
             if before:
-                buffers.keys[..., :before, :] = self.keys
-                buffers.values[..., :before, :] = self.values
-        buffers.keys[..., before:after, :] = key_states
-        buffers.values[..., before:after, :] = value_states
-        buffers.filled = after
-        self._views = buffers.keys[..., :after, :], buffers.values[..., :after, :]
-        self.keys, self.values = self._views
-        return self._views
+                keys[..., :before, :] = self.keys
+                values[..., :before, :] = self.values
+            self._buffers = _Buffers(keys, values, before)
+        else:
+            keys, values, before = columns
+        keys[..., before : before + number, :] = key_states
+        values[..., before : before + number, :] = value_states
+        self.wrote_columns(number)
+        return self.keys, self.values
 
     def _sees_its_buffers(self) -> bool:
         """Whether nobody has put other keys or values in their place."""

@@ -213,20 +213,23 @@ def _taps_in_blocks(
     y_BLC = x_BLC.new_empty(x_BLC.shape)
     seen_BEC = torch.empty(batch, BLOCK + kernel - 1, channels, dtype=dtype)
     sum_BQC = torch.empty(batch, BLOCK, channels, dtype=dtype)
-    seen_BEC[:, : kernel - 1] = window_BWC
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
         rows = stop - start
-        if start > 0:
-            before = min(start, kernel - 1)  # of the inputs before the block, those that are not the window's
-            seen_BEC[:, : kernel - 1 - before] = window_BWC[:, start : start + kernel - 1 - before]
-            seen_BEC[:, kernel - 1 - before : kernel - 1] = x_BLC[:, start - before : start]
-        seen_BEC[:, kernel - 1 : kernel - 1 + rows] = x_BLC[:, start:stop]
+        _read_block(seen_BEC, window_BWC, x_BLC, start, stop)
         total = sum_BQC[:, :rows].copy_(bias)
         for k in range(kernel):
             total.addcmul_(_tap(seen_BEC, doc_BE, k, start, rows, kernel), weight_KC[k])
         y_BLC[:, start:stop] = F.silu(total, inplace=True) if act is F.silu else total if act is None else act(total)
     return y_BLC
+
+
+def _read_block(seen_BEC: Tensor, window_BWC: Tensor, x_BLC: Tensor, start: int, stop: int) -> None:
+    """The inputs of positions start to stop, after the W inputs before them, into the front of a buffer."""
+    width = window_BWC.shape[1]
+    before = min(start, width)  # of the inputs before the block, those that are not the window's
+    seen_BEC[:, : width - before] = window_BWC[:, start : start + width - before]
+    seen_BEC[:, width - before : width + stop - start] = x_BLC[:, start - before : stop]
 
 
 class _Convolution(torch.autograd.Function):
@@ -268,9 +271,7 @@ class _Convolution(torch.autograd.Function):
         for start in range(0, length, step):
             stop = min(start + step, length)
             rows = stop - start
-            before = min(start, width)  # of the inputs before the block, those that are not the window's
-            seen[:, : width - before] = window_BWC[:, start : start + width - before]
-            seen[:, width - before : width + rows] = x_BLC[:, start - before : stop]
+            _read_block(seen, window_BWC, x_BLC, start, stop)
             dsum = dy_BLC[:, start:stop].to(dtype)
             taps = [_tap(seen, doc_BE, k, start, rows, kernel) for k in range(kernel)]
             if ctx.act is not None:

@@ -142,7 +142,23 @@ class _Int8(Format):
 
     def few_rows(self, x_RK: Tensor, parts: tuple[Tensor, ...]) -> Tensor | None:
         q, scale = parts
-        return _few_rows(x_RK, q, scale, self.bits)
+        if conditions.packed_linear(x_RK, q, scale):
+            return native.linear(x_RK, q, scale)
+        # torch's int8 product rounds the scale to x's dtype, so it gets ones, and the scale multiplies afterwards, in
+        # float32. It takes whole vectors of inputs alone: with 20 of them it is wrong, with 33 it crashes. An x in
+        # float32 makes it slow.
+        if (
+            self.bits == 8
+            and x_RK.device.type == "cpu"
+            and x_RK.dtype == torch.bfloat16
+            and 0 < x_RK.shape[0] <= _PACKED_ROWS
+            and x_RK.shape[-1] % 32 == 0
+            and q.is_contiguous()
+            and not torch.compiler.is_compiling()
+        ):
+            product_RN = torch._weight_int8pack_mm(x_RK.contiguous(), q, torch.ones(len(q), dtype=x_RK.dtype))
+            return (product_RN * scale).to(x_RK.dtype)
+        return None
 
     def experts(self, x_SK: Tensor, parts: tuple[Tensor, ...], expert_S: Tensor) -> Tensor | None:
         q, scale = parts
@@ -163,29 +179,6 @@ class _Int4(_Int8):
 
 
 FORMATS: dict[int, Format] = {8: _Int8(), 4: _Int4()}
-
-
-def _few_rows(x_RK: Tensor, q: Tensor, scale: Tensor, bits: int) -> Tensor | None:
-    """The product for a few rows, from the integers themselves; None where nothing does that (well) here.
-
-    torch's int8 product rounds the scale to x's dtype, so it gets ones, and the scale is multiplied by afterwards, in
-    float32. It takes whole vectors of inputs alone: with 20 of them it is wrong, with 33 it crashes. In float32 it is
-    slow.
-    """
-    if conditions.packed_linear(x_RK, q, scale):
-        return native.linear(x_RK, q, scale)
-    if (
-        bits == 8
-        and x_RK.device.type == "cpu"
-        and x_RK.dtype == torch.bfloat16
-        and 0 < x_RK.shape[0] <= _PACKED_ROWS
-        and x_RK.shape[-1] % 32 == 0
-        and q.is_contiguous()
-        and not torch.compiler.is_compiling()
-    ):
-        product_RN = torch._weight_int8pack_mm(x_RK.contiguous(), q, torch.ones(len(q), dtype=x_RK.dtype))
-        return (product_RN * scale).to(x_RK.dtype)
-    return None
 
 
 def _quantize_int8(w_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
