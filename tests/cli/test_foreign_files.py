@@ -54,7 +54,7 @@ def reading(folder):
         ["logprobs", str(folder), "--text", "hi"],
         ["verify", str(folder), str(folder)],
         ["quantize", str(folder), out + "-int8", "--to", "int8", "--dry-run"],
-        ["publish", str(folder), out + "-published", "--to-folder"],
+        ["publish", str(folder), out + "-published", "--to-folder", "--base-model", "none"],
         *(
             ["convert", str(folder), f"{out}.{to}", "--to", to, "--dry-run"]
             for to in ("huggingface", "gguf", "megatron", "megatron-legacy", "mamba-ssm", "fp8", "nvfp4")
